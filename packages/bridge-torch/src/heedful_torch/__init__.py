@@ -1,0 +1,7 @@
+"""heedful_torch: PyTorch for heedful, its kernels as backends and its tensors on every other one."""
+
+from heedful_torch.dlpack import CopyWarning, to_jax, to_torch
+
+__version__ = "0.1.0"
+
+__all__ = ["CopyWarning", "to_jax", "to_torch"]

@@ -1,0 +1,415 @@
+"""Functions that cross frameworks: JAX inside torch autograd, torch inside JAX transformations.
+
+Two twins, both over flat, positional arrays and tuples of results:
+
+====================  ==========================================  ====================================
+                      `jax_in_torch`                              `torch_in_jax`
+====================  ==========================================  ====================================
+runs by               `jax.jit`, on DLPack aliases                `buffer_callback`, on XLA's buffers
+recorded by           `torch.autograd.Function`                   `jax.custom_vjp`
+backward              `jax.vjp`; the residuals are kept           `torch.autograd.grad`; recomputes
+higher orders         the backward is itself a `jax_in_torch`     the backward is itself a `torch_in_jax`
+====================  ==========================================  ====================================
+
+Both compile once for each function, compared by ``==`` and ``hash``: pass the same function again, or a
+frozen dataclass with ``__call__``, not a new lambda at each call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import buffer_callback
+
+from heedful_torch.dlpack import (
+    EXCHANGED,
+    adopt,
+    lent,
+    to_jax,
+    why_jax_must_copy,
+    x64_is_enabled,
+)
+
+__all__ = ["jax_in_torch", "torch_in_jax"]
+
+JaxFunction: TypeAlias = Callable[..., tuple[jax.Array, ...]]
+TorchFunction: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
+Shapes: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
+
+
+# ---------------------------------------------------------------------------------------------------
+# JAX in torch
+
+
+def jax_in_torch(function: JaxFunction, *, copy: bool | None = False) -> TorchFunction:
+    """A torch function that runs a JAX function, recorded by torch autograd.
+
+    ``function`` takes JAX arrays and returns a tuple of JAX arrays; it is compiled with `jax.jit`. The
+    result takes torch tensors of the same shapes, dtypes and device and returns a tuple of ordinary
+    torch tensors in fresh memory. Floating inputs that require grad are differentiated, to any order.
+    ``copy`` is what `to_jax` does with inputs that JAX cannot share.
+
+    Inputs, and those outputs that the backward pass needs, are saved by torch without a copy: writing
+    into one before the backward pass raises torch's own "modified by an inplace operation" (writes
+    through ``tensor.data`` are not counted by torch and not noticed).
+
+    Raises what `to_jax` raises; TypeError if ``function`` returns no tuple, or for complex inputs that
+    require grad (the frameworks' complex gradients are each other's conjugates). torch.func transforms
+    and forward mode are refused by torch; `torch.compile` breaks its graph here and calls this eagerly.
+
+    Measured on 2 CPU cores, tiny arrays: 220 µs for three inputs, 45 µs of that for each `to_jax`.
+    """
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        requires_grad = any(getattr(tensor, "requires_grad", False) for tensor in tensors)
+        if requires_grad and torch.is_grad_enabled():
+            return _JaxFunction.apply(function, copy, *tensors)
+        arrays = tuple(to_jax(tensor, copy=copy) for tensor in tensors)
+        return tuple(map(adopt, _run(function, *arrays)))
+
+    def in_torch(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # torch.compile crashes inside JAX unless told to stay out; importing it takes a second.
+        if "torch._dynamo" in sys.modules:
+            return torch.compiler.disable(call)(*tensors)
+        return call(*tensors)
+
+    return functools.update_wrapper(in_torch, function, updated=())
+
+
+class _JaxFunction(torch.autograd.Function):
+    """One node of torch's graph: a JAX function, its residuals and its pull-back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: JaxFunction, copy: bool | None, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        if any(want and tensor.is_complex() for want, tensor in zip(wanted, tensors, strict=True)):
+            raise TypeError(
+                "jax_in_torch: expected real inputs to differentiate. "
+                "Got a complex one that requires grad."
+            )
+        arrays = tuple(to_jax(tensor, copy=copy) for tensor in tensors)
+        values, residuals = _run_and_linearize(function, wanted, *arrays)
+        outputs = tuple(map(adopt, values))
+        # Residuals go through save_for_backward, so that torch frees, checks and checkpoints them.
+        ctx.save_for_backward(
+            *tensors, *(outputs[i] for i in residuals.outputs), *map(adopt, residuals.fresh)
+        )
+        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        ctx.function, ctx.wanted, ctx.residuals = (
+            function,
+            wanted,
+            dataclasses.replace(residuals, fresh=()),
+        )
+        ctx.x64 = x64_is_enabled()
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, kept = ctx.saved_tensors[: len(ctx.wanted)], ctx.saved_tensors[len(ctx.wanted) :]
+        floating = [cotangent for cotangent in cotangents if cotangent.is_floating_point()]
+        with jax.enable_x64(ctx.x64):  # the backward pass may run in another thread or context
+            if torch.is_grad_enabled():  # create_graph=True
+                pull_back = jax_in_torch(_JaxPullBack(ctx.function, ctx.wanted))
+                gradients = pull_back(*map(_fit_for_jax, (*inputs, *floating)))
+            else:
+                needed = [_fit_to_jax(inputs[i]) for i in ctx.residuals.inputs]
+                pull_back = ctx.residuals.restore(needed, [_fit_to_jax(tensor) for tensor in kept])
+                gradients = map(adopt, _pull(pull_back, tuple(map(_fit_to_jax, floating))))
+        each = iter(gradients)
+        return None, None, *(next(each) if want else None for want in ctx.wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _JaxPullBack:
+    """(inputs, cotangents of the floating outputs) → gradients of the wanted inputs."""
+
+    function: JaxFunction
+    wanted: tuple[bool, ...]
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        inputs, cotangents = arrays[: len(self.wanted)], arrays[len(self.wanted) :]
+        _, pull_back, _ = _linearize(self.function, self.wanted, inputs)
+        return pull_back(cotangents)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Residuals:
+    """What a pull-back remembers, without what torch remembers already.
+
+    A jitted function returns copies, also of its own arguments: a residual that is an input or an output
+    is therefore recognised while tracing, and only its place is noted.
+    """
+
+    fresh: Sequence[jax.Array]
+    opaque: Sequence[jax.Array]  # PRNG keys and the like, which torch cannot hold
+    inputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    places: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, pull_back: Any, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> _Residuals:
+        leaves, structure = jax.tree.flatten(pull_back)
+        found: dict[str, list[Any]] = {"inputs": [], "outputs": [], "fresh": [], "opaque": []}
+        places = []
+        for leaf in leaves:
+            where, item = "fresh" if str(leaf.dtype) in EXCHANGED else "opaque", leaf
+            for name, known in (("outputs", outputs), ("inputs", inputs)):
+                where, item = next(
+                    ((name, i) for i, array in enumerate(known) if array is leaf), (where, item)
+                )
+            places.append((where, len(found[where])))
+            found[where].append(item)
+        return cls(
+            found["fresh"],
+            found["opaque"],
+            tuple(found["inputs"]),
+            tuple(found["outputs"]),
+            tuple(places),
+            structure,
+        )
+
+    def restore(self, inputs: list[jax.Array], kept: list[jax.Array]) -> Any:
+        """The pull-back again. ``kept`` are the outputs, then the fresh residuals."""
+        n = len(self.outputs)
+        found = {"inputs": inputs, "outputs": kept[:n], "fresh": kept[n:], "opaque": self.opaque}
+        return jax.tree.unflatten(self.structure, [found[where][i] for where, i in self.places])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(function: JaxFunction, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return _expect_tuple(function, function(*arrays))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_and_linearize(
+    function: JaxFunction, wanted: tuple[bool, ...], *arrays: jax.Array
+) -> tuple[tuple[jax.Array, ...], _Residuals]:
+    floating, pull_back, others = _linearize(function, wanted, arrays)
+    outputs = _fill(others, floating)
+    return outputs, _Residuals.of(pull_back, arrays, outputs)
+
+
+@jax.jit
+def _pull(pull_back: Any, cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return pull_back(cotangents)
+
+
+def _linearize(function: JaxFunction, wanted: tuple[bool, ...], arrays: Sequence[jax.Array]) -> Any:
+    """`jax.vjp` in the wanted inputs: the floating outputs, their pull-back, and the other outputs."""
+    constant = tuple(None if want else array for want, array in zip(wanted, arrays, strict=True))
+
+    def of_wanted(*chosen: jax.Array) -> Any:
+        outputs = _expect_tuple(function, function(*_fill(constant, chosen)))
+        is_floating = [jnp.issubdtype(output.dtype, jnp.floating) for output in outputs]
+        floating = tuple(output for output, yes in zip(outputs, is_floating, strict=True) if yes)
+        return floating, tuple(
+            None if yes else output for output, yes in zip(outputs, is_floating, strict=True)
+        )
+
+    return jax.vjp(
+        of_wanted, *(array for want, array in zip(wanted, arrays, strict=True) if want), has_aux=True
+    )
+
+
+def _fit_for_jax(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy (recorded by autograd) where JAX could not share its memory.
+
+    For cotangents, which torch makes as it likes (an expanded scalar, after a sum): no user can mend them.
+    """
+    if why_jax_must_copy(tensor) is None:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _fit_to_jax(tensor: torch.Tensor) -> jax.Array:
+    return to_jax(_fit_for_jax(tensor))
+
+
+# ---------------------------------------------------------------------------------------------------
+# torch in JAX
+
+
+def torch_in_jax(
+    function: TorchFunction,
+    result_shapes: Shapes | Callable[..., Shapes],
+    *,
+    vmap_method: str = "sequential",
+) -> JaxFunction:
+    """A JAX function that runs a torch function: under jit, vmap, scan, checkpoint, grad of any order.
+
+    ``function`` takes torch tensors and returns a tuple of torch tensors; it must not write into its
+    arguments, keep them, or call JAX. ``result_shapes`` is a tuple of `jax.ShapeDtypeStruct`, or a
+    function that makes it from the arguments' abstract values. ``vmap_method`` is that of
+    `jax.pure_callback`: "sequential" is right for every function, "expand_dims" or "broadcast_all" are
+    faster for one that takes extra leading dimensions.
+
+    The backward pass runs ``function`` again, recorded by torch autograd, and differentiates only what
+    JAX asks for. Whatever ``function`` raises comes out as a `jax.errors.JaxRuntimeError` with the
+    original message in it; so do results of another shape or dtype than promised, and a gradient through
+    an output that torch cannot differentiate. Forward mode (`jax.jvp`, `jax.hessian`) raises TypeError.
+
+    It runs on XLA's own buffers, on a GPU on XLA's own stream: nothing goes through the host. Measured
+    on 2 CPU cores: 40 µs a call against 160 µs for `pure_callback`; scaled_dot_product_attention at
+    1×8×1024×64 alone 14.7 ms, here 16.2 ms, by `pure_callback` 17.9 ms.
+    """
+
+    def in_jax(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        promised = result_shapes(*map(jax.typeof, arrays)) if callable(result_shapes) else result_shapes
+        return _call_torch_jitted(function, tuple(promised), vmap_method, *arrays)
+
+    return functools.update_wrapper(in_jax, function, updated=())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _call_torch(
+    function: TorchFunction, promised: Shapes, vmap_method: str, *arrays: Any
+) -> tuple[jax.Array, ...]:
+    return buffer_callback(_TorchCall(function), promised, vmap_method=vmap_method)(*arrays)
+
+
+def _call_torch_forward(
+    function: TorchFunction, promised: Shapes, vmap_method: str, *primals: Any
+) -> tuple[Any, Any]:
+    arrays = tuple(primal.value for primal in primals)
+    wanted = tuple(
+        primal.perturbed and jnp.issubdtype(primal.value.dtype, jnp.inexact) for primal in primals
+    )
+    # Partial is a pytree that carries its function as static data from here to the backward rule.
+    return _call_torch(function, promised, vmap_method, *arrays), jax.tree_util.Partial(
+        _TorchPullBack(function, wanted), *arrays
+    )
+
+
+def _call_torch_backward(
+    function: TorchFunction,
+    promised: Shapes,
+    vmap_method: str,
+    residuals: jax.tree_util.Partial,
+    cotangents: Any,
+) -> tuple[Any, ...]:
+    arrays: tuple[jax.Array, ...] = residuals.args
+    pull_back: Any = residuals.func
+    needed = tuple(
+        jnp.zeros(result.shape, result.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
+        for result, cotangent in zip(promised, cotangents, strict=True)
+        if jnp.issubdtype(result.dtype, jnp.inexact)
+    )
+    shapes = tuple(
+        jax.ShapeDtypeStruct(array.shape, array.dtype)
+        for array, want in zip(arrays, pull_back.wanted, strict=True)
+        if want
+    )
+    gradients = iter(_call_torch(pull_back, shapes, vmap_method, *arrays, *needed))
+    return tuple(next(gradients) if want else None for want in pull_back.wanted)
+
+
+_call_torch.defvjp(_call_torch_forward, _call_torch_backward, symbolic_zeros=True)
+_call_torch_jitted = jax.jit(_call_torch, static_argnums=(0, 1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class _TorchCall:
+    """What XLA calls: runs a torch function on XLA's buffers and fills XLA's result buffers."""
+
+    function: TorchFunction
+
+    def __call__(self, context: Any, results: Sequence[Any], *buffers: Any) -> None:
+        where = _stream_of(context, (*results, *buffers))
+        with torch.inference_mode(False), torch.no_grad(), where, lent(*buffers) as tensors:
+            outputs = _expect_tuple(self.function, self.function(*tensors))
+            promised = tuple(torch.from_dlpack(result) for result in results)
+            if _shapes_and_dtypes(outputs) != _shapes_and_dtypes(
+                promised
+            ):  # copy_ would broadcast and cast
+                raise TypeError(
+                    f"torch_in_jax: expected results {_shapes_and_dtypes(promised)}, as promised by "
+                    f"result_shapes. Got {_shapes_and_dtypes(outputs)}."
+                )
+            for result, output in zip(promised, outputs, strict=True):
+                result.copy_(output)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TorchPullBack:
+    """(inputs, cotangents of the floating outputs) → gradients of the wanted inputs."""
+
+    function: TorchFunction
+    wanted: tuple[bool, ...]
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        is_differentiated = torch.is_grad_enabled()  # then this call is part of a higher order
+        inputs, cotangents = tensors[: len(self.wanted)], tensors[len(self.wanted) :]
+        with torch.enable_grad():
+            inputs = tuple(
+                tensor.detach().requires_grad_() if want and not tensor.requires_grad else tensor
+                for tensor, want in zip(inputs, self.wanted, strict=True)
+            )
+            outputs = _expect_tuple(self.function, self.function(*inputs))
+            floating = (
+                output for output in outputs if output.is_floating_point() or output.is_complex()
+            )
+            recorded = []
+            for output, cotangent in zip(floating, cotangents, strict=True):
+                if output.requires_grad:
+                    recorded.append((output, cotangent))
+                elif cotangent.any():  # a zero is no request for a gradient
+                    raise NotImplementedError(
+                        "torch_in_jax: expected outputs that torch can differentiate. Got a gradient for "
+                        f"one of shape {tuple(output.shape)} that does not depend differentiably on its "
+                        "arguments."
+                    )
+            chosen = tuple(tensor for tensor, want in zip(inputs, self.wanted, strict=True) if want)
+            if not recorded:
+                return tuple(map(torch.zeros_like, chosen))
+            ys, cts = zip(*recorded, strict=True)
+            return torch.autograd.grad(
+                ys, chosen, cts, create_graph=is_differentiated, materialize_grads=True
+            )
+
+
+@contextlib.contextmanager
+def _stream_of(context: Any, buffers: Sequence[Any]) -> Any:
+    """Makes torch enqueue on the stream XLA is running, so that neither has to wait for the other."""
+    kind, index = buffers[0].__dlpack_device__()
+    if kind == 1:  # kDLCPU
+        yield
+    else:
+        with (
+            torch.cuda.device(index),
+            torch.cuda.stream(torch.cuda.ExternalStream(context.stream, device=index)),
+        ):
+            yield
+
+
+# ---------------------------------------------------------------------------------------------------
+# both
+
+
+def _expect_tuple(function: Any, outputs: Any) -> tuple[Any, ...]:
+    if not isinstance(outputs, tuple):
+        name = getattr(function, "__name__", repr(function))
+        raise TypeError(f"expected {name} to return a tuple of arrays. Got {type(outputs).__name__}.")
+    return outputs
+
+
+def _fill(template: Iterable[Any], values: Iterable[Any]) -> tuple[Any, ...]:
+    """The template with its Nones replaced by the values, in order."""
+    each = iter(values)
+    return tuple(next(each) if slot is None else slot for slot in template)
+
+
+def _shapes_and_dtypes(tensors: Iterable[torch.Tensor]) -> list[str]:
+    return [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors]

@@ -1,0 +1,135 @@
+"""Visibility and bias, for kernels that know no more than an additive mask and the flag `is_causal`.
+
+Three things are done here, each with what is known when it is known:
+
+- What position alone rules out is known from the problem, before any array: `span` cuts it off, so a
+  sliding window over a long cache costs the window and a causal call with more keys than queries never
+  touches the keys of the future.
+- Whether the rest is exactly a causal diagonal, or nothing at all, is known there too: then no mask is
+  made.
+- Everything else becomes one additive mask, 0 or the bias where a key is seen, -inf where it is not. It
+  has an axis only where a condition has one (padding alone is (B, 1, 1, Sk)), but causal, windows and
+  full masks bring (Sq, Sk): that is memory, and the price of these kernels.
+
+No kernel is ever shown an empty row, since each makes something else of one (0, NaN, the mean of V). The
+mask lets a query that sees nothing attend to everything; its answer is thrown away afterwards. What
+stands in such a query, and in keys and values that nobody sees, is put to zero first: a kernel multiplies
+it by a probability of zero, and 0 · NaN is NaN. Every step is a select, which passes no NaN on, forward
+or backward.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from heedful.problem import Operands, Problem
+from heedful.visibility import visible
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """What position says before any array is read.
+
+    Attributes:
+        rows: the queries that may see a key.
+        columns: the keys that may be seen.
+        hides: what position still hides between those: "nothing"; "diagonal", the keys
+            j > i + diagonal; or "band", anything else.
+        diagonal: see above; row 0 and column 0 are the first of `rows` and `columns`.
+    """
+
+    rows: range
+    columns: range
+    hides: Literal["nothing", "diagonal", "band"]
+    diagonal: int = 0
+
+
+def span(problem: Problem) -> Span:
+    """Cuts off the queries that see nothing and the keys that nobody sees, by position alone."""
+    rows, columns = range(problem.q_length), range(problem.kv_length)
+    if not problem.positional:
+        return Span(rows, columns, "nothing")
+    if problem.q_offset is None:
+        return Span(rows, columns, "band")
+    left, right = problem.band
+    offset = problem.q_offset
+    # Row i reaches from key i + offset - left to key i + offset + right.
+    first = 0 if right is None else max(0, -offset - right)
+    end = len(rows) if left is None else max(0, len(columns) - offset + left)
+    rows = rows[first:end]
+    if not rows:
+        return Span(rows, columns[:0], "nothing")
+    first = 0 if left is None else max(0, rows[0] + offset - left)
+    end = len(columns) if right is None else max(0, rows[-1] + offset + right + 1)
+    columns = columns[first:end]
+
+    offset += rows.start - columns.start
+    if left is not None and len(rows) - 1 + offset - left > 0:
+        return Span(rows, columns, "band")
+    if right is not None and offset + right < len(columns) - 1:
+        return Span(rows, columns, "diagonal", offset + right)
+    return Span(rows, columns, "nothing")
+
+
+def masking(problem: Problem) -> list[str]:
+    """The options of the problem, other than position and bias, that hide keys."""
+    asked = {
+        "mask": problem.mask_shape is not None,
+        "q_lengths": problem.q_lengths,
+        "kv_lengths": problem.kv_lengths,
+    }
+    return [option for option, is_asked in asked.items() if is_asked]
+
+
+class ScoreMask(NamedTuple):
+    """Bias and visibility of the rows and columns of a span.
+
+    Attributes:
+        additive: added to the scores, each axis full or 1 of (B, Hq, rows, columns); differentiable
+            in the bias. A query that sees nothing has the scores of one that sees everything.
+        sees: whether a query sees any key, each axis full or 1 of (B, Hq, rows, 1).
+        seen: whether a key is seen by any query, each axis full or 1 of (B, Hkv, columns, 1).
+    """
+
+    additive: Tensor
+    sees: Tensor
+    seen: Tensor
+
+
+def score_mask(problem: Problem, operands: Operands, place: Span, dtype: torch.dtype) -> ScoreMask:
+    """The additive mask of a problem, in `dtype`. A bias of -inf hides a key as a mask does."""
+    device = operands.q.device
+    mask = None if operands.mask is None else _cut(operands.mask, place)
+    bias = None if operands.bias is None else _cut(operands.bias, place).to(dtype)
+    numbers = {  # int64, in which a difference of unsigned lengths cannot wrap around
+        name: None if x is None else x.long()
+        for name, x in operands._asdict().items()
+        if name in ("q_lengths", "kv_lengths", "q_offset")
+    }
+    visibility = visible(
+        problem,
+        operands._replace(mask=mask, **numbers),
+        torch.arange(place.rows.start, place.rows.stop, device=device),
+        torch.arange(place.columns.start, place.columns.stop, device=device),
+    )
+    if visibility is None:
+        visibility = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    if bias is not None:
+        visibility = visibility & (bias.detach() != -torch.inf)
+    if visibility.shape[-1] == 1 and len(place.columns) == 0:
+        visibility = visibility.expand(-1, -1, -1, 0)  # of no keys, none is seen
+
+    sees = visibility.any(-1, keepdim=True)
+    seen = visibility.any(-2).unsqueeze(-1)
+    if seen.shape[1] > 1:
+        seen = seen.unflatten(1, (problem.kv_heads, problem.group)).any(2)
+    nothing = torch.zeros((), dtype=dtype, device=device)
+    hidden = torch.where(sees, -torch.inf, nothing)
+    additive = torch.where(visibility, nothing if bias is None else bias, hidden)
+    # A select keeps the layout of a transposed mask; kernels read rows.
+    return ScoreMask(additive.contiguous(), sees, seen)
+
+
+def _cut(x: Tensor, place: Span) -> Tensor:
+    if x.shape[2] > 1:
+        x = x[:, :, place.rows.start : place.rows.stop]
+    return x[..., place.columns.start : place.columns.stop] if x.shape[3] > 1 else x

@@ -1,0 +1,336 @@
+"""What the backends of `F.scaled_dot_product_attention` share: the contract around one pinned kernel.
+
+SDPA chooses a kernel and says nothing of which. Here each backend calls the aten operator of exactly one
+kernel; what SDPA does around those operators, and what the contract asks beyond SDPA, is done here:
+
+- Position, masks, lengths, bias and empty rows: `score_mask`.
+- The kernels read head sizes and strides that they do not check: a CPU tensor whose last axis is not
+  contiguous, or fewer key heads than query heads, and they compute on foreign memory. Operands are
+  padded with zero columns and laid out first; zero columns change no score.
+- Grouped heads: query head h reads key head h // G. The g-th query heads of all groups are a strided
+  view with as many heads as K and V, so a kernel that needs equal heads is called G times, on K and V
+  as they are: never repeated, neither they nor their gradients. No axis gets stride 0 either, with which
+  the efficient kernel is reported to be wrong (pytorch#191937).
+- A scale of zero or below: kernels put -inf on causal scores before they multiply by the scale, so the
+  CPU flash kernel returns NaN. The sign is moved into q, exactly.
+- The gradient of the LSE, which torch's own derivative of these operators drops silently: see
+  `_with_lse_cotangent`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from heedful.problem import Operands, Problem
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from heedful_torch.backends.score_mask import masking, score_mask, span
+
+# (q, k, v, additive mask or None, causal, scale) → out, lse or None, what the backward pass needs besides
+Forward = Callable[..., tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
+# (dout, q, k, v, additive mask or None, causal, scale, out, what forward kept, whether the mask's
+# gradient is wanted) → dq, dk, dv, gradient of the mask or None
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of SDPA: its operators, and what they take.
+
+    Attributes:
+        forward: the operator.
+        backward: its backward operator; None where torch's own derivative is right, LSE and all.
+        flag: the diagonal that `is_causal` means: it starts in the upper left corner of the scores,
+            ends in the lower right one, or there is no flag.
+        masks: the dtype of the additive mask, the accumulator's or q's own; None: it takes no mask.
+        mask_gradient: whether `backward` gives the gradient of the mask.
+        alignment: head sizes, strides and offsets are multiples of this many elements.
+        equal_head_sizes: whether V must have the head size of Q and K.
+        grouped: whether K and V may have fewer heads than Q.
+        largest_head: the largest head size, padding included.
+    """
+
+    forward: Forward
+    backward: Backward | None
+    flag: Literal["upper left", "lower right"] | None
+    masks: Literal["accumulator", "q"] | None
+    mask_gradient: bool = False
+    alignment: int = 1
+    equal_head_sizes: bool = False
+    grouped: bool = False
+    largest_head: int | None = None
+
+    def padded(self, size: int) -> int:
+        """The head size that the kernel is given for a head size of the problem."""
+        return -(-size // self.alignment) * self.alignment
+
+    def flagged(self, problem: Problem) -> bool:
+        """Whether `is_causal` says all that the problem hides."""
+        place = span(problem)
+        corner = {"upper left": 0, "lower right": len(place.columns) - len(place.rows), None: None}
+        return place.hides == "diagonal" and place.diagonal == corner[self.flag]
+
+
+def limits(kernel: Kernel, problem: Problem) -> list[str]:
+    """What keeps a kernel from a problem whatever the machine: scores, masks, head sizes."""
+    reasons = []
+    if problem.softcap is not None:
+        reasons.append("no kernel of SDPA has a softcap; jax:flash and torch:flex have")
+    if kernel.masks is None:
+        hiding = masking(problem)
+        if span(problem).hides != "nothing" and not kernel.flagged(problem):
+            hiding.append("window" if problem.window else f"causal with q_offset={problem.q_offset}")
+        if hiding:
+            reasons.append(f"this kernel takes no mask, which {' and '.join(hiding)} would need")
+        if problem.bias_shape is not None:
+            reasons.append("this kernel takes no bias")
+    if kernel.masks == "q" and problem.bias_dtype not in (None, problem.dtype):
+        reasons.append(
+            f"this kernel takes a bias of q's dtype, {problem.dtype}, not of {problem.bias_dtype}"
+        )
+    if kernel.largest_head is not None:
+        size = max(problem.head_dim, problem.value_dim)
+        if kernel.padded(size) > kernel.largest_head:
+            reasons.append(
+                f"this kernel takes head sizes up to {kernel.largest_head}, not {size}"
+            )
+        elif problem.return_lse and kernel.padded(size + LSE_COLUMNS) > kernel.largest_head:
+            reasons.append(
+                f"with return_lse this kernel takes head sizes up to "
+                f"{kernel.largest_head - kernel.alignment}, not {size}: the gradient of the LSE needs "
+                "columns of its own"
+            )
+    return reasons
+
+
+def cuda_limits(problem: Problem, dtypes: tuple[str, ...], capability: tuple[int, int]) -> list[str]:
+    """What keeps a kernel that exists for CUDA alone from a problem on this machine."""
+    reasons = []
+    if problem.platform != "gpu":
+        reasons.append(f"this kernel needs a CUDA GPU; the arrays are on {problem.platform}")
+    if problem.dtype not in dtypes:
+        reasons.append(f"this kernel takes {' and '.join(dtypes)} on a GPU, not {problem.dtype}")
+    if torch.version.hip is not None:
+        reasons.append("this kernel is known for CUDA; this torch is built for ROCm")
+    elif not torch.cuda.is_available():
+        reasons.append("this torch sees no CUDA GPU")
+    elif (here := torch.cuda.get_device_capability()) < capability:
+        reasons.append(
+            f"this kernel needs a GPU of compute capability {capability[0]}.{capability[1]}, "
+            f"not {here[0]}.{here[1]}"
+        )
+    return reasons
+
+
+def attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """Computes a problem with a kernel that has no `limits` to it."""
+    place = span(problem)
+    rows, columns = place.rows, place.columns
+    q = operands.q[:, :, rows.start : rows.stop]
+    k = operands.k[:, :, columns.start : columns.stop]
+    v = operands.v[:, :, columns.start : columns.stop]
+
+    mask = None
+    causal = kernel.flagged(problem) and not masking(problem) and problem.bias_shape is None
+    if not causal and (place.hides != "nothing" or masking(problem) or problem.bias_shape is not None):
+        dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
+        mask = score_mask(problem, operands, place, getattr(torch, dtype))
+        q = torch.where(mask.sees, q, 0)
+        k, v = torch.where(mask.seen, k, 0), torch.where(mask.seen, v, 0)
+
+    scale = problem.scale
+    if scale <= 0:
+        q, scale = (-q, -scale) if scale else (0 * q, 1.0)
+    out, lse = _over_groups(
+        kernel, problem.group, q, k, v, None if mask is None else mask.additive, causal, scale
+    )
+
+    if mask is not None:
+        out = torch.where(mask.sees, out, 0)
+        lse = None if lse is None else torch.where(mask.sees.squeeze(-1), lse, -torch.inf)
+    if len(rows) < problem.q_length:  # the queries that were cut off see nothing
+        around = (rows.start, problem.q_length - rows.stop)
+        out = F.pad(out, (0, 0, *around))
+        lse = None if lse is None else F.pad(lse, around, value=-torch.inf)
+    return out, lse
+
+
+def _over_groups(
+    kernel: Kernel, group: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    if group == 1 or kernel.grouped:
+        return _on_padded_heads(kernel, q, k, v, mask, *rest)
+    members = [
+        _on_padded_heads(
+            kernel,
+            q[:, g::group],
+            k,
+            v,
+            mask[:, g::group] if mask is not None and mask.shape[1] > 1 else mask,
+            *rest,
+        )
+        for g in range(group)
+    ]
+    outs, lses = zip(*members, strict=True)
+    return (
+        torch.stack(outs, 2).flatten(1, 2),
+        None if lses[0] is None else torch.stack(lses, 2).flatten(1, 2),
+    )
+
+
+def _on_padded_heads(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    head, value_head = kernel.padded(q.shape[-1]), kernel.padded(v.shape[-1])
+    if kernel.equal_head_sizes:
+        head = value_head = max(head, value_head)
+    padded = (
+        laid_out(pad_head(x, size), kernel.alignment)
+        for x, size in ((q, head), (k, head), (v, value_head))
+    )
+    # Autocast would have the math kernel's products computed in bfloat16.
+    with torch.autocast(q.device.type, enabled=False):
+        if kernel.backward is None:
+            out, lse, _ = kernel.forward(*padded, mask, causal, scale)
+        else:
+            out, lse = _Fused.apply(kernel, causal, scale, *padded, mask)
+    return out[..., : v.shape[-1]], lse
+
+
+def pad_head(x: Tensor, size: int) -> Tensor:
+    """(..., d) → (..., size), with zero columns on the right."""
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
+
+
+def laid_out(x: Tensor, alignment: int) -> Tensor:
+    """x where a kernel can read its memory: whole rows, one after the other, aligned; else a copy."""
+    size, stride = x.shape, x.stride()
+    readable = (
+        (size[-1] == 1 or stride[-1] == 1)
+        and (size[-2] == 1 or stride[-2] >= size[-1])
+        and x.storage_offset() % alignment == 0
+        and all(s % alignment == 0 for n, s in zip(size[:-1], stride[:-1], strict=True) if n > 1)
+    )
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
+
+
+class _Fused(torch.autograd.Function):
+    """A fused kernel and its backward operator, differentiable through out and LSE alike."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        causal: bool,
+        scale: float,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.kernel, ctx.causal, ctx.scale = kernel, causal, scale
+        if q.numel() == 0 or k.numel() == 0:  # kernels read past the end of no memory
+            accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+            out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+            lse = q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator)
+            kept: tuple[Tensor, ...] = ()
+        else:
+            out, lse, kept = kernel.forward(q, k, v, mask, causal, scale)
+        ctx.save_for_backward(q, k, v, mask, out, *kept)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[None, None, None, Tensor, Tensor, Tensor, Tensor | None]:
+        kernel = ctx.kernel
+        q, k, v, mask, out, *kept = ctx.saved_tensors
+        mask_wanted = ctx.needs_input_grad[6]
+        if q.numel() == 0 or k.numel() == 0:
+            dmask = torch.zeros_like(mask) if mask_wanted else None
+            return None, None, None, *(torch.zeros_like(x) for x in (q, k, v)), dmask
+        head, value_head = q.shape[-1], v.shape[-1]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        own_mask_gradient = None
+        if mask_wanted and not kernel.mask_gradient:
+            own_mask_gradient = _mask_gradient(dout, dlse, q, k, v, mask, ctx.scale)
+        if dlse is not None:
+            dout, q, k, v, out = _with_lse_cotangent(kernel, dlse, dout, q, k, v, out)
+        dout, out = laid_out(dout, kernel.alignment), laid_out(out, kernel.alignment)
+        dq, dk, dv, dmask = kernel.backward(
+            dout, q, k, v, mask, ctx.causal, ctx.scale, out, kept, mask_wanted
+        )
+        if own_mask_gradient is not None:
+            dmask = own_mask_gradient
+        return None, None, None, dq[..., :head], dk[..., :head], dv[..., :value_head], dmask
+
+
+def _mask_gradient(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """The gradient of the additive mask, where the kernel gives none and torch drops it silently.
+
+    It is dS itself, summed over the axes that the mask does not have:
+    dS = P ∘ (dP − rowsum(P ∘ dP) + dlse), dP = dO Vᵀ. The scores of one head of one batch row are
+    materialised at a time.
+    """
+    gradient = torch.zeros_like(mask)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            at = (min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1))
+            query, key, value, do = (x[b, h].to(mask.dtype) for x in (q, k, v, dout))
+            p = torch.softmax(scale * (query @ key.mT) + mask[at], -1)
+            dp = do @ value.mT
+            dp -= (p * dp).sum(-1, keepdim=True)
+            if dlse is not None:
+                dp += dlse[b, h, :, None]
+            gradient[at] += (p * dp).sum_to_size(mask.shape[2:])
+    return gradient
+
+
+LSE_COLUMNS = 3  # of 8 bits each in bfloat16, which together hold a float32
+
+
+def _with_lse_cotangent(
+    kernel: Kernel, dlse: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Operands of a backward kernel that make it honour the cotangent of the LSE, exactly.
+
+    With P the probabilities, the gradient of the scores is dS = P ∘ (dO Vᵀ − δ + dlse), where
+    δ = rowsum(dO ∘ O) (Dao et al. 2022, Algorithm 4, line 19, whose D is δ). The kernels know no dlse,
+    but they make δ of the dO and O that they are given. So V gets new columns of zeros, dO a factor f
+    there and O −dlse / f: then dO Vᵀ stays as it is and δ becomes δ − dlse. The columns' own dV is
+    thrown away.
+
+    In half precision one column rounds dlse, so it is split over three, each holding what those before
+    it left over. f = 1 would do but for float16, whose exponent is too small for some gradients: there
+    f is a power of two near dlse.
+    """
+    reduced = out.dtype in (torch.float16, torch.bfloat16)
+    if reduced:
+        _, exponent = torch.frexp(dlse)
+        factor = torch.ldexp(torch.ones_like(dlse), exponent.clamp(-14, 15))
+    else:
+        factor = torch.ones_like(dlse)
+    rest, columns = -dlse / factor, []
+    for _ in range(LSE_COLUMNS if reduced else 1):
+        columns.append(rest.to(out.dtype))
+        rest = rest - columns[-1]
+    count = len(columns)
+    factors = factor.to(out.dtype).unsqueeze(-1).expand(*factor.shape, count)
+
+    value_head = kernel.padded(v.shape[-1] + count)
+    head = value_head if kernel.equal_head_sizes else q.shape[-1]
+    return (
+        pad_head(torch.cat([dout, factors], -1), value_head),
+        pad_head(q, head),
+        pad_head(k, head),
+        pad_head(v, value_head),
+        pad_head(torch.cat([out, torch.stack(columns, -1)], -1), value_head),
+    )

@@ -1,0 +1,86 @@
+"""`torch:sdpa-cudnn`: cuDNN's attention as torch binds it, CUDA only.
+
+Taken by name alone, and without masks or bias: SDPA's default on Hopper, it has live bugs of silent
+corruption (pytorch#193893, pytorch#196678), and to catch such is what this project is for. It has not
+been run on a GPU yet.
+"""
+
+import torch
+from heedful.problem import Operands, Problem
+from torch import Tensor
+
+from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits
+from heedful_torch.backends.score_mask import span
+
+aten = torch.ops.aten
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return out, lse.reshape(q.shape[:3]).clone(), (lse, seed, offset)  # cuDNN's is (B, H, Sq, 1)
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: None,
+    causal: bool,
+    scale: float,
+    out: Tensor,
+    kept: tuple[Tensor, ...],
+    mask_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    lse, seed, offset = kept
+    lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
+    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse, seed, offset, None, *lengths, 0.0, causal, scale=scale
+    )
+    return dq, dk, dv, None
+
+
+KERNEL = Kernel(
+    forward=_forward,
+    backward=_backward,
+    flag="upper left",
+    masks=None,
+    alignment=8,
+    largest_head=128,
+)
+
+
+class SdpaCudnn:
+    """cuDNN's attention, pinned. Memory grows with Sq + Sk."""
+
+    name = "torch:sdpa-cudnn"
+    automatic = None
+    deterministic = False
+
+    def reasons(self, problem: Problem) -> list[str]:
+        reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(KERNEL, problem)
+        if problem.kv_length == 1:
+            reasons.append("cuDNN's attention takes no single key")
+        place = span(problem)
+        if place.hides == "diagonal" and len(place.rows) != len(place.columns):
+            reasons.append("causal is taken on equal lengths only: elsewhere its diagonal is unchecked")
+        version = torch.backends.cudnn.version() or 0
+        if version < 90000:
+            reasons.append(f"this kernel needs cuDNN 9; this torch has {version or 'none'}")
+        if torch.cuda.is_available():
+            major, _ = torch.cuda.get_device_capability()
+            if major == 10 and problem.kv_heads < 8:
+                reasons.append(
+                    "on this GPU it is wrong for fewer than 8 key heads, silently (pytorch#193893)"
+                )
+        return reasons
+
+    def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        return attend(KERNEL, problem, operands)
+
+
+backend = SdpaCudnn()

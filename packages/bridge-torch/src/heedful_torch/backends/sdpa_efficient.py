@@ -1,0 +1,95 @@
+"""`torch:sdpa-efficient`: SDPA's memory-efficient kernel (xformers' cutlass kernel), CUDA only.
+
+It has not been run on a GPU yet.
+"""
+
+import torch
+import torch.nn.functional as F
+from heedful.problem import Operands, Problem
+from torch import Tensor
+
+from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits, masking
+from heedful_torch.backends.score_mask import span
+
+aten = torch.ops.aten
+
+MASK_ALIGNMENT = 16  # elements from one row of the mask to the next
+LONGEST_MASKED = 2**16
+
+
+def _aligned_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
+    """The mask as (B, H, Sq, Sk), broadcast axes as views, in memory with room to the right of each row.
+
+    The kernel reads rows of the mask in aligned chunks of 16 bytes and past their ends.
+    """
+    length = scores[-1]
+    room = -length % MASK_ALIGNMENT
+    return F.pad(mask.expand(-1, -1, -1, length), (0, room))[..., :length].expand(scores)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    if mask is not None:
+        mask = _aligned_mask(mask, (*q.shape[:3], k.shape[2]))
+    out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, True, 0.0, causal, scale=scale
+    )
+    # The kernel's LSE has room for a multiple of 32 queries, and its backward wants it back like that.
+    return out, lse[:, :, : q.shape[2]].clone(), (lse, seed, offset)
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    out: Tensor,
+    kept: tuple[Tensor, ...],
+    mask_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    lse, seed, offset = kept
+    aligned = None if mask is None else _aligned_mask(mask, (*q.shape[:3], k.shape[2]))
+    wanted = [True, True, True, mask_wanted]
+    dq, dk, dv, dmask = aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, aligned, out, lse, seed, offset, 0.0, wanted, causal, scale=scale
+    )
+    return dq, dk, dv, dmask.sum_to_size(mask.shape) if mask_wanted else None
+
+
+KERNEL = Kernel(
+    forward=_forward,
+    backward=_backward,
+    flag="upper left",
+    masks="q",
+    mask_gradient=True,
+    alignment=8,
+)
+
+
+class SdpaEfficient:
+    """SDPA's memory-efficient kernel, pinned. Memory grows with Sq + Sk, and with Sq · Sk for a mask."""
+
+    name = "torch:sdpa-efficient"
+    automatic = 1
+    deterministic = False
+
+    def reasons(self, problem: Problem) -> list[str]:
+        capability = (8, 0) if problem.dtype == "bfloat16" else (5, 0)
+        dtypes = ("float32", "float16", "bfloat16")
+        reasons = cuda_limits(problem, dtypes, capability) + limits(KERNEL, problem)
+        hides = masking(problem) or problem.bias_shape or span(problem).hides != "nothing"
+        if hides and max(problem.q_length, problem.kv_length) > LONGEST_MASKED:
+            reasons.append(
+                f"this kernel is wrong with a mask on lengths over {LONGEST_MASKED} (pytorch#162588)"
+            )
+        return reasons
+
+    def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        return attend(KERNEL, problem, operands)
+
+
+backend = SdpaEfficient()

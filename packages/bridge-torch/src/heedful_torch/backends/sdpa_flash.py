@@ -1,0 +1,125 @@
+"""`torch:sdpa-flash`: the flash kernels that torch carries, one for the CPU and FlashAttention-2 on CUDA.
+
+The CPU kernel takes an additive mask in the accumulator's dtype, so it takes every problem but those with
+a softcap. The CUDA kernel takes none: what a diagonal that ends in the lower right corner cannot say, it
+refuses. It has not been run on a GPU yet.
+"""
+
+from typing import Any
+
+import torch
+from heedful.problem import Operands, Problem
+from torch import Tensor
+
+from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits
+
+aten = torch.ops.aten
+
+
+def _cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return out, lse, (lse,)
+
+
+def _cpu_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    out: Tensor,
+    kept: tuple[Tensor, ...],
+    mask_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    (lse,) = kept
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return dq, dk, dv, None
+
+
+def _cuda_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scale
+    )
+    return out, lse, (lse, seed, offset)
+
+
+def _cuda_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: None,
+    causal: bool,
+    scale: float,
+    out: Tensor,
+    kept: tuple[Tensor, ...],
+    mask_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    lse, seed, offset = kept
+    lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, *lengths, 0.0, causal, seed, offset, scale=scale
+    )
+    return dq, dk, dv, None
+
+
+class _CudaKernel(Kernel):
+    def padded(self, size: int) -> int:
+        # On consumer GPUs the backward kernel for head sizes 193 to 224 is missing, that for 256 is not.
+        return 256 if 192 < size <= 256 else super().padded(size)
+
+
+CPU = Kernel(
+    forward=_cpu_forward,
+    backward=_cpu_backward,
+    flag="upper left",
+    masks="accumulator",
+    equal_head_sizes=True,
+)
+CUDA = _CudaKernel(
+    forward=_cuda_forward,
+    backward=_cuda_backward,
+    # SDPA refuses is_causal on unequal lengths, whose meaning FlashAttention-2.1 changed to this one.
+    flag="lower right",
+    masks=None,
+    alignment=8,
+    equal_head_sizes=True,
+    grouped=True,
+    largest_head=256,
+)
+
+
+class SdpaFlash:
+    """SDPA's flash kernels, pinned. Memory grows with Sq + Sk, and with Sq · Sk for a mask."""
+
+    name = "torch:sdpa-flash"
+    automatic = 0
+
+    @property
+    def deterministic(self) -> bool:
+        # On a GPU the backward pass sums dq by atomic additions, in any order.
+        return not torch.cuda.is_available()
+
+    def reasons(self, problem: Problem) -> list[str]:
+        if problem.platform == "cpu":
+            return limits(CPU, problem)
+        reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(CUDA, problem)
+        if not torch.backends.cuda.is_flash_attention_available():
+            reasons.append("this torch is built without flash attention for GPUs")
+        return reasons
+
+    def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        return attend(CPU if problem.platform == "cpu" else CUDA, problem, operands)
+
+
+backend: Any = SdpaFlash()

@@ -1,0 +1,50 @@
+"""`torch:sdpa-math`: SDPA's composite kernel, the score matrix materialised; on any device of torch.
+
+float16 and bfloat16 are computed in float32. It returns no LSE.
+"""
+
+import torch
+from heedful.problem import Operands, Problem
+from torch import Tensor
+
+from heedful_torch.backends.sdpa import Kernel, attend, limits
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, None, tuple[()]]:
+    # Made of ordinary operations, which torch differentiates in all of q, k, v and the mask.
+    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+        q, k, v, mask, 0.0, False, None, scale=scale
+    )
+    return out, None, ()
+
+
+KERNEL = Kernel(forward=_forward, backward=None, flag=None, masks="accumulator")
+
+
+class SdpaMath:
+    """SDPA's math kernel, pinned. Memory grows with Sq · Sk."""
+
+    name = "torch:sdpa-math"
+    automatic = 3
+    deterministic = True
+
+    def reasons(self, problem: Problem) -> list[str]:
+        reasons = limits(KERNEL, problem)
+        if problem.return_lse:
+            reasons.append("this kernel returns no LSE; torch:sdpa-flash does")
+        rounds = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        if rounds and problem.dtype in ("float16", "bfloat16"):
+            reasons.append(
+                f"products would accumulate in {problem.dtype}, not float32: call "
+                "torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)"
+            )
+        return reasons
+
+    def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, None]:
+        out, _ = attend(KERNEL, problem, operands)
+        return out, None
+
+
+backend = SdpaMath()

@@ -1,0 +1,371 @@
+"""What the backends are run on: a matrix of generated cases, real activations, anyone's own file.
+
+A case is made once, in float64, and rounded once to the dtype under test; the oracle sees the rounded
+numbers. Every distinct shape and option costs each JAX backend a compilation, so that most cases have
+one shape, with lengths that are no multiple of any tile.
+"""
+
+import fnmatch
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+from heedful import Problem  # by way of JAX, also teaches NumPy the name "bfloat16"
+
+Arrays = dict[str, np.ndarray]
+Maker = Callable[[np.random.Generator], Arrays]
+
+
+class InputError(ValueError):
+    """A case cannot be made: an unknown name, an unreadable file, numbers that do not fit."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The NumPy arrays of one attention call, in the layout and the dtype that the call asks for.
+
+    Attributes:
+        q, k, v: as the caller would pass them.
+        options: every option but `return_lse`, arrays among them.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call that all backends are run on.
+
+    Attributes:
+        name, group: what `--cases` selects by, and the rows of the report.
+        make: from random numbers to float64 q, k, v (B, H, S, D) and array options.
+        options: the options that are no arrays.
+        rank: of q, k and v as the backend gets them; below 4, B (and H) must be 1.
+        wide_bias: whether the bias has the accumulator's dtype instead of q's.
+        return_lse: whether LSE is asked for, of backends that have one.
+        caller: the framework of the arrays; None for the backend's own, so that no bridge is crossed.
+    """
+
+    name: str
+    group: str
+    make: Maker
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 4
+    wide_bias: bool = False
+    return_lse: bool = True
+    caller: str | None = None
+
+    def inputs(self, seed: int, dtype: str) -> Inputs:
+        """The arrays for a seed, rounded to a dtype.
+
+        Raises:
+            InputError: a number is too large for the dtype.
+        """
+        arrays = self.make(self.random(seed))
+        rounded = {n: self._round(n, x, dtype) for n, x in arrays.items()}
+        qkv = [self._as_called(rounded.pop(name)) for name in "qkv"]
+        return Inputs(*qkv, {**self.options, **rounded})
+
+    def random(self, seed: int, purpose: str = "inputs") -> np.random.Generator:
+        """Random numbers that depend on seed, case and purpose, not on what else is run."""
+        return np.random.default_rng([seed, zlib.crc32(f"{self.name}/{purpose}".encode())])
+
+    def _round(self, name: str, x: np.ndarray, dtype: str) -> np.ndarray:
+        if x.dtype.kind != "f":
+            return x
+        if name == "bias" and self.wide_bias and dtype != "float64":
+            dtype = "float32"
+        with np.errstate(over="ignore"):  # said below, in words
+            rounded = x.astype(dtype)
+        if not np.isfinite(rounded.astype("float32" if x.itemsize < 8 else "float64")).all():
+            raise InputError(
+                f"{self.name}: {name} reaches {np.abs(x).max():.3g}, beyond {dtype}. Leave {dtype} out."
+            )
+        return rounded
+
+    def _as_called(self, x: np.ndarray) -> np.ndarray:
+        """(B, H, S, D) → the rank and the layout that the call has."""
+        if self.rank < 4:
+            return x.reshape(x.shape[4 - self.rank :])
+        return x.swapaxes(1, 2) if self.options.get("layout") == "bshd" else x
+
+
+# The matrix
+
+
+class Sizes(NamedTuple):
+    """B, Hq, Hkv, Sq, Sk, D, Dv; the default is the shape that most cases share."""
+
+    batch: int = 2
+    q_heads: int = 4
+    kv_heads: int = 4
+    q_length: int = 70
+    kv_length: int = 133
+    head_dim: int = 32
+    value_dim: int = 32
+
+    @property
+    def scores(self) -> tuple[int, int, int, int]:
+        return self.batch, self.q_heads, self.q_length, self.kv_length
+
+
+MANY_KEYS = Sizes()
+MANY_QUERIES = Sizes(q_length=133, kv_length=70)
+# Crosses several tiles of every kernel here, queries and keys both, with a partial tile at the end.
+LONG = Sizes(batch=1, q_heads=4, kv_heads=2, q_length=601, kv_length=733)
+
+ArrayOption = Callable[[np.random.Generator, Sizes], np.ndarray]
+
+
+def normal(
+    sizes: Sizes = MANY_KEYS, *, queries_times: float = 1.0, **array_options: ArrayOption
+) -> Maker:
+    """Standard normal q, k and v, q times a factor, and array options made after them."""
+
+    def make(random: np.random.Generator) -> Arrays:
+        b, hq, hkv, sq, sk, d, dv = sizes
+        arrays = {
+            "q": random.standard_normal((b, hq, sq, d)) * queries_times,
+            "k": random.standard_normal((b, hkv, sk, d)),
+            "v": random.standard_normal((b, hkv, sk, dv)),
+        }
+        return arrays | {name: option(random, sizes) for name, option in array_options.items()}
+
+    return make
+
+
+def random_mask(*axes: str) -> ArrayOption:
+    """True with probability 0.7, full along the named axes of "bhqk" and 1 along the others."""
+
+    def make(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
+        return random.random(_along(axes, sizes)) < 0.7
+
+    return make
+
+
+def random_bias(*axes: str) -> ArrayOption:
+    """Standard normal, full along the named axes of "bhqk" and 1 along the others."""
+
+    def make(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
+        return random.standard_normal(_along(axes, sizes))
+
+    return make
+
+
+def _along(axes: tuple[str, ...], sizes: Sizes) -> tuple[int, ...]:
+    return tuple(
+        full if axis in axes else 1 for axis, full in zip("bhqk", sizes.scores, strict=True)
+    )
+
+
+def key_padding(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
+    """(B, Sk): each row's keys are real up to a length of its own, the first row's all."""
+    real = np.linspace(sizes.kv_length, sizes.kv_length // 2, sizes.batch).astype(int)
+    return np.arange(sizes.kv_length) < real[:, None]
+
+
+def mask_with_empty_rows(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
+    """Every third query sees nothing, and nobody sees any of the last 20 keys."""
+    mask = random.random(sizes.scores) < 0.7
+    mask[:, :, ::3] = False
+    mask[..., -20:] = False
+    return mask
+
+
+def integers(*values: int) -> ArrayOption:
+    """The same integers at any seed."""
+    return lambda random, sizes: np.array(values, np.int32)
+
+
+CAUSAL, TOP_LEFT = {"causal": True}, {"causal": "top_left"}
+GROUPED = MANY_KEYS._replace(kv_heads=2)
+FULL_MASK = random_mask("b", "h", "q", "k")
+
+# Group, case, and what a `Case` of that name is made of.
+MATRIX: dict[str, dict[str, dict[str, Any]]] = {
+    "positions": {
+        "full": {"make": normal()},
+        "full-out-only": {"make": normal(), "return_lse": False},
+        "causal": {"make": normal(), "options": CAUSAL},
+        "top-left": {"make": normal(), "options": TOP_LEFT},
+        "offset": {"make": normal(), "options": {**CAUSAL, "q_offset": 11}},
+        "offset-each": {"make": normal(q_offset=integers(5, 40)), "options": CAUSAL},
+        "window": {"make": normal(), "options": {"window": (9, 4)}},
+        "window-causal": {"make": normal(), "options": {**CAUSAL, "window": (20, None)}},
+    },
+    "masks": {
+        "mask": {"make": normal(mask=FULL_MASK)},
+        "mask-shared": {"make": normal(mask=random_mask("q", "k"))},
+        "key-padding": {"make": normal(mask=key_padding)},
+        "mask-causal": {"make": normal(mask=FULL_MASK), "options": CAUSAL},
+    },
+    "lengths": {
+        "kv-lengths": {"make": normal(kv_lengths=integers(133, 57))},
+        "lengths": {"make": normal(q_lengths=integers(70, 33), kv_lengths=integers(91, 133))},
+        "lengths-causal": {
+            "make": normal(q_lengths=integers(41, 70), kv_lengths=integers(133, 99)),
+            "options": CAUSAL,
+        },
+    },
+    "empty rows": {
+        "causal-tall": {"make": normal(MANY_QUERIES), "options": CAUSAL},
+        "window-tall": {
+            "make": normal(MANY_QUERIES),
+            "options": {"window": (9, 4), "q_offset": -30},
+        },
+        "mask-empty": {"make": normal(mask=mask_with_empty_rows)},
+        "kv-length-zero": {"make": normal(kv_lengths=integers(0, 133))},
+    },
+    "heads": {
+        "gqa": {"make": normal(GROUPED)},
+        "gqa-bshd": {"make": normal(GROUPED), "options": {**CAUSAL, "layout": "bshd"}},
+        "mqa-causal": {"make": normal(MANY_KEYS._replace(kv_heads=1)), "options": CAUSAL},
+        "value-dim": {"make": normal(MANY_KEYS._replace(value_dim=48))},
+    },
+    "scores": {
+        "scale": {"make": normal(), "options": {"scale": 0.3}},
+        "softcap": {"make": normal(), "options": {"softcap": 1.5}},
+        "bias": {"make": normal(bias=random_bias("b", "h", "q", "k"))},
+        "bias-wide": {
+            "make": normal(bias=random_bias("h", "k")),
+            "options": CAUSAL,
+            "wide_bias": True,
+        },
+        "softcap-bias": {
+            "make": normal(GROUPED, bias=random_bias("h", "q", "k")),
+            "options": {**CAUSAL, "softcap": 1.5},
+        },
+        "large-logits": {"make": normal(queries_times=8.0)},
+    },
+    "shapes": {
+        "tiny": {"make": normal(Sizes(1, 1, 1, 3, 5, 4, 4)), "rank": 2},
+        "one-key": {"make": normal(MANY_KEYS._replace(kv_length=1))},
+        "decode": {
+            "make": normal(GROUPED._replace(q_length=1, kv_length=300)),
+            "options": CAUSAL,
+        },
+        "long": {"make": normal(LONG)},
+        "long-causal": {"make": normal(LONG), "options": CAUSAL},
+        "long-window": {"make": normal(LONG), "options": {"window": (150, 70), "q_offset": 40}},
+        "long-mask": {"make": normal(LONG, mask=random_mask("q", "k"))},
+    },
+    "bridge": {
+        f"from-{caller}{suffix}": {"caller": caller, **parts}
+        for caller in ("numpy", "jax", "torch")
+        for suffix, parts in (
+            ("", {"make": normal()}),
+            (
+                "-masked",
+                {
+                    "make": normal(mask=key_padding, bias=random_bias("h", "q", "k")),
+                    "options": CAUSAL,
+                },
+            ),
+        )
+    },
+}
+
+
+def generated() -> tuple[Case, ...]:
+    """The matrix of generated cases."""
+    return tuple(
+        Case(name=name, group=group, **parts)
+        for group, cases in MATRIX.items()
+        for name, parts in cases.items()
+    )
+
+
+def activations() -> tuple[Case, ...]:
+    """q, k, v and padding of a real transformer: sharp heads, broad heads, outliers, real padding."""
+    packaged = resources.files(__package__) / "activations" / "minilm.safetensors"
+    with resources.as_file(packaged) as path:
+        return load(path, group="minilm")
+
+
+def everything() -> tuple[Case, ...]:
+    """What `heedful crosscheck` runs when nothing is selected."""
+    return generated() + activations()
+
+
+def select(patterns: Sequence[str], cases: Iterable[Case]) -> tuple[Case, ...]:
+    """The cases whose name or group matches one of the patterns, `*` and `?` allowed.
+
+    Raises:
+        InputError: a pattern matches nothing.
+    """
+    cases = tuple(cases)
+    for pattern in patterns:
+        if not any(_matches(pattern, case) for case in cases):
+            groups = ", ".join(dict.fromkeys(c.group for c in cases))
+            names = ", ".join(c.name for c in cases)
+            raise InputError(f"no case is {pattern!r}. The groups are {groups}; the cases {names}.")
+    return tuple(c for c in cases if any(_matches(pattern, c) for pattern in patterns))
+
+
+def _matches(pattern: str, case: Case) -> bool:
+    return fnmatch.fnmatchcase(case.name, pattern) or fnmatch.fnmatchcase(case.group, pattern)
+
+
+# Files
+
+
+def load(path: str | Path, group: str = "input") -> tuple[Case, ...]:
+    """The cases of a safetensors file.
+
+    A case is the tensors `<case>.q`, `<case>.k`, `<case>.v`, floating, (B, H, S, D), and, where there
+    is one, `<case>.mask`, boolean, True = visible, (B, Sk) or broadcastable to (B, Hq, Sq, Sk). A file
+    of a single case may call them q, k, v and mask.
+
+    Raises:
+        InputError: the file cannot be read, or what is in it is no such case.
+    """
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+    found: dict[str, Arrays] = {}
+    for name, tensor in tensors.items():
+        case, _, part = name.rpartition(".")
+        if part not in ("q", "k", "v", "mask"):
+            raise InputError(
+                f"{path}: tensors are named <case>.q, <case>.k, <case>.v and <case>.mask, or q, k, v "
+                f"and mask. Got {name!r}."
+            )
+        if (part == "mask") != (str(tensor.dtype) == "torch.bool") or tensor.dtype.is_complex:
+            raise InputError(
+                f"{path}: q, k and v are floating, mask is boolean. Got {name} of {tensor.dtype}."
+            )
+        array = tensor.numpy() if part == "mask" else tensor.double().numpy()
+        found.setdefault(case or Path(path).stem, {})[part] = array
+    if not found:
+        raise InputError(f"{path} holds no tensors.")
+    return tuple(_loaded_case(path, name, group, arrays) for name, arrays in found.items())
+
+
+def _loaded_case(path: str | Path, name: str, group: str, arrays: Arrays) -> Case:
+    if lacking := [part for part in "qkv" if part not in arrays]:
+        raise InputError(f"{path}: case {name} lacks {', '.join(lacking)}. A case is q, k and v.")
+    for part in "qkv":
+        if arrays[part].ndim != 4:
+            raise InputError(
+                f"{path}: {part} of case {name} must be (B, H, S, D). Got {arrays[part].shape}."
+            )
+        if not np.isfinite(arrays[part]).all():
+            raise InputError(
+                f"{path}: {part} of case {name} must be finite, hidden rows too. Put zeros there: the "
+                "crosscheck itself fills K and V that nobody sees with NaN."
+            )
+    try:
+        Problem.of(**arrays)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: case {name}: {error}") from error
+    return Case(name=name, group=group, make=lambda random: dict(arrays))

@@ -1,0 +1,211 @@
+"""Asks every backend every question, and has the answers judged."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import heedful
+import jax
+import numpy as np
+from heedful import Refusal
+
+from heedful_torch.crosscheck.ask import ask, framework
+from heedful_torch.crosscheck.cases import Case, InputError
+from heedful_torch.crosscheck.question import Question
+from heedful_torch.crosscheck.tolerance import Judgement, judge
+from heedful_torch.crosscheck.yardstick import Tensors
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+Progress = Callable[[int, int, str], None]
+Fault = tuple[str | None, str]  # the tensor, None for an exception, and what is wrong
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing that one backend got wrong.
+
+    Attributes:
+        tensor: "out", "lse", "dq", "dk", "dv" or "dbias"; None where the backend raised.
+        message: what, where and by how much.
+    """
+
+    backend: str
+    case: str
+    dtype: str
+    tensor: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}, {self.case}, {self.dtype}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one backend on one case in one dtype.
+
+    Attributes:
+        reasons: why it was not run; empty where it was.
+        lse_reasons: why the backend gives no LSE; the rest was judged without.
+        judgements: by tensor.
+        failures: empty where the backend agrees.
+        seconds: of the first answer, compilation included.
+    """
+
+    backend: str
+    case: str
+    group: str
+    dtype: str
+    reasons: tuple[str, ...] = ()
+    lse_reasons: tuple[str, ...] = ()
+    judgements: dict[str, Judgement] = field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """ "agree", "disagree" or "refused"."""
+        return "refused" if self.reasons else "disagree" if self.failures else "agree"
+
+
+def run(
+    backends: Sequence[str],
+    cases: Sequence[Case],
+    dtypes: Sequence[str],
+    seed: int,
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """Every backend on every case in every dtype; whatever a backend raises stops nothing.
+
+    Args:
+        backends: their names.
+        cases: what to ask them.
+        dtypes: of q, k and v.
+        seed: of the generated inputs and of all cotangents.
+        progress: called with (done, total, what comes next).
+    """
+    total = len(cases) * len(dtypes) * len(backends)
+    outcomes: list[Outcome] = []
+    done = 0
+    for case in cases:
+        # From NumPy arrays every backend is asked, from the others those that a bridge leads to.
+        asked = [name for name in backends if case.caller != framework(name)]
+        for dtype in dtypes:
+            # JAX has float64 only while x64 is on; the context also ends with the question.
+            with jax.enable_x64(True) if dtype == "float64" else nullcontext():
+                try:
+                    question = Question.of(case, seed, dtype)
+                except InputError as error:
+                    no_question = {"reasons": (str(error),)}
+                    outcomes += [Outcome(n, case.name, case.group, dtype, **no_question) for n in asked]
+                    continue
+                for name in asked:
+                    if progress:
+                        progress(done, total, f"{case.name} {dtype} {name}")
+                    outcomes.append(outcome(name, question))
+            done += len(backends)
+    if progress:
+        progress(total, total, "")
+    return outcomes
+
+
+def outcome(name: str, question: Question) -> Outcome:
+    """One backend's answer to one question, judged."""
+    case, dtype = question.case, question.dtype
+    result = Outcome(name, case.name, case.group, dtype)
+    faults: list[Fault]
+    try:
+        started = time.perf_counter()
+        with_lse, lse_reasons, answer = _first_answer(name, question)
+        result = replace(result, lse_reasons=lse_reasons, seconds=time.perf_counter() - started)
+        judgements, faults = judge_all(question, answer, with_lse)
+        if faults:
+            judgements, faults = _diagnose(name, question, with_lse, judgements, faults)
+        faults += _unrepeated(name, question, with_lse, answer)
+        result = replace(result, judgements=judgements)
+    except Refusal as refusal:
+        return replace(result, reasons=tuple(refusal.reasons[name]))
+    except Exception as error:  # a backend that raises fails; the others go on
+        faults = [(None, f"raised {type(error).__name__}: {error}")]
+    failures = tuple(Failure(name, case.name, dtype, tensor, said) for tensor, said in faults)
+    return replace(result, failures=failures)
+
+
+def _first_answer(name: str, question: Question) -> tuple[bool, tuple[str, ...], Tensors]:
+    """Whether LSE was asked for, why not where the backend refuses that alone, and the answer.
+
+    The K and V that nobody sees hold NaN and infinities from the start: most runs pass, and what
+    passes so has shown both that it is right and that they change nothing.
+    """
+    inputs = question.poisoned or question.inputs
+    if not question.case.return_lse:
+        return False, (), ask(name, question, inputs, with_lse=False)
+    try:
+        return True, (), ask(name, question, inputs, with_lse=True)
+    except Refusal as refusal:
+        try:
+            answer = ask(name, question, inputs, with_lse=False)
+        except Refusal:
+            raise refusal from None
+        return False, tuple(refusal.reasons[name]), answer
+
+
+def judge_all(
+    question: Question, answer: Tensors, with_lse: bool
+) -> tuple[dict[str, Judgement], list[Fault]]:
+    """Judges every tensor of an answer."""
+    if misshapen := question.misshapen(answer):
+        return {}, list(misshapen)
+    right, plain = question.answers(with_lse)
+    judgements = {
+        tensor: judge(
+            tensor,
+            got,
+            right[tensor],
+            plain[tensor],
+            question.dtype,
+            question.hidden[tensor],
+            question.uncancelled.get(tensor, 0.0),
+        )
+        for tensor, got in question.canonical(answer).items()
+    }
+    return judgements, [(t, fault) for t, judgement in judgements.items() for fault in judgement.faults]
+
+
+def _diagnose(
+    name: str,
+    question: Question,
+    with_lse: bool,
+    judgements: dict[str, Judgement],
+    faults: list[Fault],
+) -> tuple[dict[str, Judgement], list[Fault]]:
+    """Asks a backend that failed again, more easily, to say what it stumbles over."""
+    if question.poisoned is not None:
+        judgements, unpoisoned = judge_all(
+            question, ask(name, question, question.inputs, with_lse), with_lse
+        )
+        if not unpoisoned:
+            leak = "; right while K and V that nobody sees hold no NaN and no infinity"
+            return judgements, [(tensor, said + leak) for tensor, said in faults]
+        faults = unpoisoned
+    wrong = {tensor for tensor, _ in faults}
+    if with_lse and wrong and wrong <= {"dq", "dk", "dbias"}:
+        zero = np.zeros_like(question.lse_cotangent)
+        answer = ask(name, question, question.inputs, True, lse_cotangent=zero)
+        if not judge_all(question, answer, with_lse=False)[1]:
+            part = "; right without a cotangent of LSE: what flows back through LSE is wrong or lost"
+            faults = [(tensor, said + part) for tensor, said in faults]
+    return judgements, faults
+
+
+def _unrepeated(name: str, question: Question, with_lse: bool, answer: Tensors) -> list[Fault]:
+    """Tensors that came out differently when a backend that claims otherwise was asked again."""
+    if not getattr(heedful.backends()[name], "deterministic", False):
+        return []
+    again = ask(name, question, question.poisoned or question.inputs, with_lse)
+    return [
+        (tensor, f"{tensor} differs between two runs, though the backend claims to be deterministic")
+        for tensor, first in answer.items()
+        if first.tobytes() != again[tensor].tobytes()
+    ]

@@ -1,0 +1,33 @@
+"""heedful: one attention call, any array, any backend, and proof that they agree."""
+
+# First, or its first backend's import would later cover the function `backends` with this package.
+import heedful.backends as _backends_package  # noqa: F401
+from heedful.attention import (
+    attention,
+    causal_flash_attention,
+    explain,
+    flash_attention,
+    plain_attention,
+)
+from heedful.comparison import value_and_grad_difference
+from heedful.dispatch import Backend, Refusal, backends, register, unregister, use_backend
+from heedful.problem import Operands, Problem
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "Operands",
+    "Problem",
+    "Refusal",
+    "attention",
+    "backends",
+    "causal_flash_attention",
+    "explain",
+    "flash_attention",
+    "plain_attention",
+    "register",
+    "unregister",
+    "use_backend",
+    "value_and_grad_difference",
+]

@@ -1,0 +1,99 @@
+"""The public functions."""
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from heedful import dispatch
+from heedful.dispatch import Explanation
+from heedful.problem import Array, Options, Problem
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    backend: str | Sequence[str] | None = None,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]:
+    """Attention on any array by any backend: softmax(scale · q kᵀ + bias) v over the keys seen.
+
+    The contract, with every formula, is the docstring of `heedful.Problem`.
+
+    Args:
+        q: queries, (B, Hq, Sq, D), or (B, Sq, Hq, D) in layout "bshd"; also (H, S, D) and (S, D).
+            A JAX array, a NumPy array or a torch tensor of float64, float32, float16 or bfloat16.
+        k: keys, (B, Hkv, Sk, D), Hq a multiple of Hkv; framework, dtype and device of q.
+        v: values, (B, Hkv, Sk, Dv).
+        backend: a name such as "jax:flash", which runs or raises; a list of names, of which the first
+            able one runs; or None: the innermost `use_backend`, else the environment variable
+            HEEDFUL_BACKEND, else the automatic choice.
+        mask: boolean, True = visible, broadcastable to (B, Hq, Sq, Sk), or (B, Sk) for keys alone.
+        bias: added to the scores, broadcastable to (B, Hq, Sq, Sk); differentiable.
+        causal: False, True (the last query sees the last key) or "top_left" (query i sees keys ≤ i).
+        window: (left, right): how many keys each side of its own place a query sees, None for open.
+        q_offset: the place of query 0 among the keys, an integer or one for each batch row.
+        q_lengths: (B,) integers, how many queries of each batch row are real.
+        kv_lengths: (B,) integers, how many keys of each batch row are real.
+        scale: factor of the scores, D^-½ by default.
+        softcap: c of c·tanh(s/c), applied before bias.
+        layout: "bhsd" (PyTorch SDPA, ONNX) or "bshd" (jax.nn, flash-attn), for q, k, v and out.
+        return_lse: whether to return the log-sum-exp of the scores too.
+
+    Returns:
+        out, shaped like q with v's head size, in q's framework, dtype and device and differentiable
+        there; with `return_lse` also lse (B, Hq, Sq), float32 (float64 for float64), natural log.
+
+    Raises:
+        TypeError, ValueError: the call breaks the contract; says what came and how to mend it.
+        Refusal: no backend that was asked can honour the call; says every reason.
+    """
+    problem = Problem.of(q, k, v, **options)
+    chosen = dispatch.choose(problem, backend)
+    operands = problem.canonical(q, k, v, **options)
+    return problem.restore(*dispatch.run(chosen, problem, operands))
+
+
+def explain(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    backend: str | Sequence[str] | None = None,
+    **options: Unpack[Options],
+) -> Explanation:
+    """Which backend `attention` would take for this call and why, and what every other one says.
+
+    Computes nothing. Takes what `attention` takes, and `jax.ShapeDtypeStruct` in place of arrays.
+    """
+    return dispatch.explain_choice(Problem.of(q, k, v, **options), backend)
+
+
+def flash_attention(
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
+) -> tuple[Array, Array]:
+    """(out, lse) by the JAX flash core: memory linear in Sq + Sk. Options as in `attention`."""
+    return _pair("jax:flash", q, k, v, {"mask": mask, **options})
+
+
+def causal_flash_attention(
+    q: Array, k: Array, v: Array, **options: Unpack[Options]
+) -> tuple[Array, Array]:
+    """(out, lse) by the JAX flash core, bottom-right causal. Options as in `attention`."""
+    return _pair("jax:flash", q, k, v, {"causal": True, **options})
+
+
+def plain_attention(
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
+) -> tuple[Array, Array]:
+    """(out, lse) with the score matrix materialised, in JAX. Options as in `attention`."""
+    return _pair("jax:plain", q, k, v, {"mask": mask, **options})
+
+
+def _pair(name: str, q: Array, k: Array, v: Array, options: Options) -> tuple[Array, Array]:
+    if "return_lse" in options:
+        raise TypeError(
+            "these functions always return (out, lse): leave return_lse out. "
+            "For out alone call heedful.attention."
+        )
+    return attention(q, k, v, backend=name, **options, return_lse=True)

@@ -1,0 +1,63 @@
+"""What `jax:nn-xla` and `jax:nn-cudnn` share: the contract around `jax.nn.dot_product_attention`.
+
+jax.nn takes (B, S, H, D), aligns its own causal mask and window top-left, gives a query that sees no
+key the mean of V, and lets a NaN in a masked V through (0 · NaN). So what a query sees is worked out
+here, by `heedful.visibility`, and what nobody sees is kept out of the kernel on both sides.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from heedful.problem import Array, Operands, Problem
+from heedful.visibility import visible
+
+Kernel = Callable[[Array, Array, Array], Array]  # q, k, v → out, all (B, S, H, D)
+
+
+def limits(problem: Problem) -> list[str]:
+    """What `jax.nn.dot_product_attention` cannot express, whichever implementation computes it."""
+    reasons = []
+    if problem.softcap is not None:
+        reasons.append("jax.nn.dot_product_attention has no softcap")
+    if problem.return_lse:
+        reasons.append(
+            "jax.nn.dot_product_attention stops the gradient of its log-sum-exp "
+            "and rounds it to q's dtype"
+        )
+    if problem.value_dim != problem.head_dim:
+        reasons.append(
+            "jax.nn.dot_product_attention takes no value head size of its own: "
+            f"Dv = {problem.value_dim}, D = {problem.head_dim}"
+        )
+    return reasons
+
+
+def visibility(problem: Problem, operands: Operands) -> Array | None:
+    """Which keys each query sees, each axis full or 1 of (B, Hq, Sq, Sk); None where all are seen."""
+    return visible(problem, operands, jnp.arange(problem.q_length), jnp.arange(problem.kv_length))
+
+
+def attend(problem: Problem, operands: Operands, seen: Array | None, kernel: Kernel) -> Array:
+    """Runs a kernel on canonical operands, with everything that nobody sees put to zero.
+
+    Select, never multiply: a select passes no NaN on, neither forward nor in its transpose, so the
+    gradients of what was put to zero are exactly zero whatever the kernel makes of those rows.
+    """
+    q, k, v = operands.q, operands.k, operands.v
+    if seen is None:
+        return _bhsd(kernel(_bhsd(q), _bhsd(k), _bhsd(v)))
+    query_sees = seen.any(axis=3)[..., None]
+    key_is_seen = seen.any(axis=2)[..., None]  # by the query heads, or by the one that stands for all
+    if key_is_seen.shape[1] != 1:
+        batch, _, kv_length, _ = key_is_seen.shape
+        grouped = key_is_seen.reshape(batch, problem.kv_heads, problem.group, kv_length, 1)
+        key_is_seen = grouped.any(axis=2)
+    q = jnp.where(query_sees, q, 0)
+    k, v = jnp.where(key_is_seen, k, 0), jnp.where(key_is_seen, v, 0)
+    return jnp.where(query_sees, _bhsd(kernel(_bhsd(q), _bhsd(k), _bhsd(v))), 0)
+
+
+def _bhsd(x: Array) -> Array:
+    """(B, S, H, D) ↔ (B, H, S, D)."""
+    return x.swapaxes(1, 2)

@@ -1,0 +1,107 @@
+"""`jax:nn-cudnn`: `jax.nn.dot_product_attention` as cuDNN's fused kernel.
+
+Written against jax 0.10 to 0.12; not run on a GPU yet.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from heedful.backends import jax_nn
+from heedful.problem import Array, Operands, Problem
+
+
+class CudnnBackend:
+    """jax.nn with `implementation="cudnn"`.
+
+    What cuDNN has of its own, a top-left causal diagonal and lengths, it is asked for natively, and its
+    memory is linear then. A mask, a window, any other alignment and any bias reach it as one bias of
+    (B, Hq, Sq, Sk) in q's dtype, materialised: jax.nn turns a mask into a bias of large negative
+    numbers, and which broadcast biases have a gradient differs between versions.
+    """
+
+    name = "jax:nn-cudnn"
+    automatic = None
+
+    def reasons(self, problem: Problem) -> list[str]:
+        reasons = jax_nn.limits(problem)
+        if problem.dtype not in ("float16", "bfloat16"):
+            reasons.append(f"cuDNN's attention takes float16 and bfloat16, not {problem.dtype}")
+        if 0 in (problem.batch, problem.q_length, problem.kv_length):
+            reasons.append("cuDNN takes no empty arrays")
+        if problem.bias_dtype not in (None, problem.dtype):
+            reasons.append(f"cuDNN takes a bias of q's dtype alone, not {problem.bias_dtype}")
+        by_bias = problem.bias_shape is not None or not _native(problem)
+        if by_bias and (problem.q_length % 2 or problem.kv_length % 2):
+            reasons.append(
+                "cuDNN's gradient with a bias or mask needs even lengths: "
+                f"Sq = {problem.q_length}, Sk = {problem.kv_length}"
+            )
+        capability = compute_capability() if problem.platform == "gpu" else None
+        if capability is None:
+            reasons.append("cuDNN runs on NVIDIA GPUs alone; " + _place(problem.platform))
+        elif capability < (8, 0):
+            reasons.append(
+                "cuDNN's attention needs a GPU of compute capability 8.0 or more; "
+                f"this one has {capability[0]}.{capability[1]}"
+            )
+        # The head sizes of the newest GPUs, where there is none to ask.
+        widest = 128 if capability is not None and capability < (9, 0) else 256
+        if problem.head_dim % 8 or problem.head_dim > widest:
+            reasons.append(
+                f"cuDNN's attention takes head sizes up to {widest} that are multiples of 8, "
+                f"not {problem.head_dim}"
+            )
+        return reasons
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def run(self, problem: Problem, operands: Operands) -> tuple[Array, None]:
+        seen = jax_nn.visibility(problem, operands)
+        bias, asked = operands.bias, {}
+        scores = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
+        if bias is not None:
+            # cuDNN may leave anything in the gradient of a bias that lengths hide.
+            bias = jnp.broadcast_to(bias if seen is None else jnp.where(seen, bias, 0), scores)
+        if _native(problem):
+            asked["is_causal"] = problem.causal
+            asked["query_seq_lengths"] = _at_least_one(operands.q_lengths)
+            asked["key_value_seq_lengths"] = _at_least_one(operands.kv_lengths)
+        elif seen is not None:
+            asked["mask"] = jnp.broadcast_to(seen, scores)
+        kernel = partial(
+            jax.nn.dot_product_attention,
+            bias=bias,
+            scale=problem.scale,
+            implementation="cudnn",
+            **asked,
+        )
+        return jax_nn.attend(problem, operands, seen, kernel), None
+
+
+def _native(problem: Problem) -> bool:
+    """Whether cuDNN can say by itself who sees what: all, or top-left causal, and lengths."""
+    top_left = problem.band == (None, 0) and problem.q_offset == 0
+    return problem.mask_shape is None and (top_left or not problem.positional)
+
+
+def _at_least_one(lengths: Array | None) -> Array | None:
+    """Lengths as jax.nn wants them; an empty row sees one key, put to zero, and its out is dropped."""
+    return None if lengths is None else jnp.maximum(lengths.astype(jnp.int32), 1)
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of this process's first NVIDIA GPU; None where there is none."""
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:  # no such platform here
+        return None
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def _place(platform: str) -> str:
+    return "this GPU is none of theirs" if platform == "gpu" else f"q lies on {platform}"
+
+
+backend = CudnnBackend()

@@ -1,0 +1,322 @@
+"""Who computes a problem: the Backend protocol, the registry, the choice, and its explanation."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from heedful import numpy_bridge
+from heedful.problem import Array, Operands, Problem
+
+BACKENDS = "heedful.backends"
+BRIDGES = "heedful.bridges"
+ENVIRONMENT = "HEEDFUL_BACKEND"
+
+# Where the automatic choice looks, by whose arrays the caller has: the caller's own framework first.
+# NumPy arrays go to JAX before the oracle, which is a judge and slow.
+SEARCH = {"jax": ("jax",), "numpy": ("jax", "numpy"), "torch": ("torch", "jax")}
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One way to compute attention.
+
+    Two more attributes are optional: `automatic`, its rank in the automatic choice within its
+    framework, lower first (without it, it is taken by name alone); and `deterministic`, True where it
+    claims that a repeated run is bitwise equal, which the crosscheck then holds it to.
+
+    Attributes:
+        name: "framework:kernel", for example "jax:flash"; the framework is that of the arrays which
+            `run` takes and returns.
+    """
+
+    name: str
+
+    def reasons(self, problem: Problem) -> Sequence[str]:
+        """Everything that keeps this backend from computing the problem; empty where it can."""
+        ...
+
+    def run(self, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:
+        """Computes the problem on arrays of the backend's own framework.
+
+        Returns:
+            out (B, Hq, Sq, Dv) in the problem's dtype, and lse (B, Hq, Sq) in its accumulator dtype,
+            which may be None where `problem.return_lse` is False. Both must be differentiable in the
+            framework's own way; a NumPy backend has none, and offers `gradients` instead.
+        """
+        ...
+
+
+@runtime_checkable
+class Gradients(Protocol):
+    """What a NumPy backend offers beside `run`, for frameworks that differentiate through it."""
+
+    def gradients(
+        self, problem: Problem, operands: Operands, out_cotangent: Array, lse_cotangent: Array
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """The cotangents of q, k, v and bias (None where there is no bias), shaped like them."""
+        ...
+
+
+class Bridge(Protocol):
+    """Carries a call between the caller's framework and a backend of another."""
+
+    def reasons(self, problem: Problem, framework: str) -> Sequence[str]:
+        """Everything that keeps arrays of the problem from crossing to `framework` and back."""
+        ...
+
+    def run(
+        self, backend: Backend, problem: Problem, operands: Operands
+    ) -> tuple[Array, Array | None]:
+        """Runs the backend on the caller's arrays; the result is differentiable where they are."""
+        ...
+
+
+class Refusal(ValueError):
+    """No backend that was asked for can compute the problem.
+
+    Attributes:
+        reasons: the name of each backend that was asked, and everything that keeps it from running.
+    """
+
+    def __init__(self, message: str, reasons: Mapping[str, Sequence[str]]):
+        super().__init__(message)
+        self.reasons = dict(reasons)
+
+
+# The registry
+
+_registered: dict[str, Backend] = {}
+_loaded: dict[str, Any] = {}  # entry points by group and name, once loaded
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend under its name; packages use the entry-point group `heedful.backends` instead.
+
+    Raises:
+        TypeError: it lacks part of the `Backend` protocol.
+        ValueError: its name is not "framework:kernel", or is taken.
+    """
+    _check_backend(backend)
+    if backend.name in _names():
+        raise ValueError(f"a backend named {backend.name!r} is there already. Choose another name.")
+    _registered[backend.name] = backend
+
+
+def unregister(name: str) -> None:
+    """Takes back what `register` added.
+
+    Raises:
+        KeyError: no backend of that name was registered by a call of `register`.
+    """
+    del _registered[name]
+
+
+def _check_backend(backend: Backend) -> None:
+    lacking = [part for part in ("name", "reasons", "run") if not hasattr(backend, part)]
+    if lacking:
+        raise TypeError(
+            f"a backend must have name, reasons and run. Got {type(backend).__name__} "
+            f"without {', '.join(lacking)}."
+        )
+    framework, colon, kernel = backend.name.partition(":")
+    if framework not in SEARCH or not colon or not kernel:
+        raise ValueError(
+            f'a backend is named "framework:kernel", its framework one of {", ".join(SEARCH)}. '
+            f"Got {backend.name!r}."
+        )
+
+
+def _entry_points(group: str) -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def _names() -> list[str]:
+    """Every backend's name, without loading any: listing JAX's backends must not import torch."""
+    return [*_entry_points(BACKENDS), *_registered]
+
+
+def _load(group: str, name: str) -> Any:
+    key = f"{group}/{name}"
+    if key not in _loaded:
+        _loaded[key] = _entry_points(group)[name].load()
+    return _loaded[key]
+
+
+def _backend(name: str) -> Backend:
+    if name in _registered:
+        return _registered[name]
+    if name not in _entry_points(BACKENDS):
+        raise ValueError(f"no backend is named {name!r}. There are {', '.join(_names())}.")
+    return _load(BACKENDS, name)
+
+
+def backends() -> Mapping[str, Backend]:
+    """Every backend by name: those installed, and those registered since."""
+    return MappingProxyType({name: _backend(name) for name in _names()})
+
+
+# The choice
+
+_preferred: ContextVar[tuple[str, ...] | None] = ContextVar("heedful_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str | Sequence[str]) -> Iterator[None]:
+    """Within the block, calls without `backend=` use this backend, or the first able one of a list."""
+    token = _preferred.set(_as_names(name))
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend says to a problem: `reasons` is empty where it accepts."""
+
+    name: str
+    reasons: tuple[str, ...]
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reasons
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call takes and why, and what every backend says; print it, or read it.
+
+    Attributes:
+        problem: what was asked.
+        chosen: the backend's name, or None where nobody that was asked can.
+        why: one line.
+        verdicts: one for each backend, in the order of the registry.
+    """
+
+    problem: Problem
+    chosen: str | None
+    why: str
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        width = max((len(v.name) for v in self.verdicts), default=0)
+        lines = [f"chosen: {self.chosen or 'none'} ({self.why})"]
+        for verdict in self.verdicts:
+            said = "accepts" if verdict.accepted else "; ".join(verdict.reasons)
+            lines.append(f"  {verdict.name:<{width}}  {said}")
+        return "\n".join(lines)
+
+
+def _as_names(backend: str | Sequence[str]) -> tuple[str, ...]:
+    names = (backend,) if isinstance(backend, str) else tuple(backend)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f'backend must be a name such as "jax:flash", or a list of names. Got {backend!r}.'
+        )
+    for name in names:
+        if name not in _names():
+            raise ValueError(f"no backend is named {name!r}. There are {', '.join(_names())}.")
+    return names
+
+
+def _wanted(backend: str | Sequence[str] | None) -> tuple[tuple[str, ...] | None, str]:
+    """The names that are asked for, None for the automatic choice, and who asks."""
+    if backend is not None:
+        return _as_names(backend), "asked for by backend="
+    if (preferred := _preferred.get()) is not None:
+        return preferred, "asked for by use_backend"
+    if text := os.environ.get(ENVIRONMENT):
+        return _as_names([name.strip() for name in text.split(",")]), f"asked for by {ENVIRONMENT}"
+    return None, "the automatic choice"
+
+
+def _automatic(problem: Problem) -> list[str]:
+    """Names in the order in which the automatic choice tries them, loading as few as it can."""
+    names = []
+    for framework in SEARCH[problem.framework]:
+        native = [_backend(name) for name in _names() if name.startswith(f"{framework}:")]
+        ranked = {b.name: getattr(b, "automatic", None) for b in native}
+        names += sorted((n for n, rank in ranked.items() if rank is not None), key=ranked.__getitem__)
+    return names
+
+
+def bridge_between(caller: str, framework: str) -> Bridge | None:
+    """The bridge between two frameworks; None where they are the same.
+
+    Raises:
+        LookupError: the package that holds it is not installed.
+    """
+    if caller == framework:
+        return None
+    if "torch" not in (caller, framework):
+        return numpy_bridge.bridge
+    if "torch" not in _entry_points(BRIDGES):
+        raise LookupError(
+            f"carrying arrays between {caller} and {framework} needs the package heedful-torch: "
+            "pip install heedful-torch"
+        )
+    return _load(BRIDGES, "torch")
+
+
+def reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
+    """Everything that keeps the backend from the problem: the crossing's reasons, then its own."""
+    framework = backend.name.partition(":")[0]
+    if framework == "jax" and problem.dtype == "float64" and not jax.config.jax_enable_x64:
+        return ('float64 needs jax.config.update("jax_enable_x64", True)',)
+    try:
+        bridge = bridge_between(problem.framework, framework)
+    except LookupError as missing:
+        return (str(missing),)
+    crossing = () if bridge is None else bridge.reasons(problem, framework)
+    return (*crossing, *backend.reasons(problem))
+
+
+def choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Backend:
+    """The backend for a problem. Reads no array data, so it works under any JAX trace.
+
+    Raises:
+        Refusal: nobody that was asked can; carries every reason of each.
+    """
+    names, source = _wanted(backend)
+    said: dict[str, tuple[str, ...]] = {}
+    for name in _automatic(problem) if names is None else names:
+        candidate = _backend(name)
+        said[name] = reasons(candidate, problem)
+        if not said[name]:
+            return candidate
+    if not said:
+        raise Refusal(f"no backend for {problem.framework} arrays is installed", said)
+    lines = [f"{name}: {'; '.join(why)}" for name, why in said.items()]
+    asked = "cannot compute this call" if len(lines) == 1 else "none of them can compute this call"
+    raise Refusal(f"{', '.join(said)} ({source}) {asked}.\n  " + "\n  ".join(lines), said)
+
+
+def explain_choice(problem: Problem, backend: str | Sequence[str] | None = None) -> Explanation:
+    """What `choose` would do, and what every backend says."""
+    names, source = _wanted(backend)
+    verdicts = tuple(Verdict(name, reasons(b, problem)) for name, b in backends().items())
+    accepted = {v.name for v in verdicts if v.accepted}
+    asked = _automatic(problem) if names is None else list(names)
+    chosen = next((name for name in asked if name in accepted), None)
+    if chosen is None:
+        why = f"{source}; none of {', '.join(asked)} accepts"
+    elif asked[0] == chosen:
+        why = source
+    else:
+        why = f"{source}; {', '.join(asked[: asked.index(chosen)])} refused"
+    return Explanation(problem, chosen, why, verdicts)
+
+
+def run(backend: Backend, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:
+    """Computes the problem on the caller's arrays, across a bridge where the frameworks differ."""
+    bridge = bridge_between(problem.framework, backend.name.partition(":")[0])
+    if bridge is None:
+        return backend.run(problem, operands)
+    return bridge.run(backend, problem, operands)

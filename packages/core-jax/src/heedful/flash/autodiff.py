@@ -1,0 +1,210 @@
+"""The three blockwise functions as three JAX primitives, and the rules that tie them together.
+
+    forward     q, k, v, bias → out, lse                  its tangent is `tangent`
+    tangent     linear in q̇, k̇, v̇, bias̄                     its transpose is `cotangent`
+    cotangent   cotangents of out and lse → dq, dk, dv, dbias
+
+With these, JAX derives the rest itself: reverse mode that saves q, k, v, out and lse, forward mode, and
+their compositions of any order. From the second order on the derivatives are those of the blockwise
+functions with loops of a fixed length, which JAX can transpose; their memory is not linear.
+
+`custom_vjp` would give up forward mode, and `custom_jvp` alone would transpose every slice of every
+tile into an update of a whole gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from heedful.flash.cotangent import cotangent
+from heedful.flash.forward import forward
+from heedful.flash.tangent import tangent
+from heedful.problem import Array, Operands, Problem
+
+# Names for `jax.checkpoint` policies such as `save_only_these_names(*RESIDUALS)`: with both saved, the
+# backward pass does not run the forward pass again.
+RESIDUALS = ("heedful_out", "heedful_lse")
+
+
+def flash(problem: Problem, operands: Operands) -> tuple[Array, Array]:
+    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable in q, k, v and bias."""
+    if 0 in (problem.batch, problem.q_length, problem.kv_length):
+        rows = (problem.batch, problem.q_heads, problem.q_length)
+        out = jnp.zeros((*rows, problem.value_dim), problem.dtype)
+        return out, jnp.full(rows, -jnp.inf, problem.accumulator)
+    leaves, tree = jax.tree.flatten(operands)
+    out, lse = forward_p.bind(*leaves, problem=problem, tree=tree)
+    return out, lse
+
+
+# The primitives' arguments are flat: the operands' leaves, which `tree` puts together again; then out
+# and lse; then cotangents. Tangents stand before all of these.
+
+
+def _forward(*leaves: Array, problem: Problem, tree: Any, every_tile: bool = False) -> list[Array]:
+    return list(forward(problem, jax.tree.unflatten(tree, leaves), every_tile=every_tile))
+
+
+def _tangent(
+    *flat: Array, problem: Problem, tree: Any, of_bias: bool, every_tile: bool = False
+) -> list[Array]:
+    moving, (*leaves, out, lse) = flat[: 3 + of_bias], flat[3 + of_bias :]
+    tangents = moving if of_bias else (*moving, None)
+    operands = jax.tree.unflatten(tree, leaves)
+    return list(tangent(problem, operands, out, lse, tangents, every_tile=every_tile))
+
+
+def _cotangent(
+    *flat: Array, problem: Problem, tree: Any, of_bias: bool, every_tile: bool = False
+) -> list[Array]:
+    *leaves, out, lse, d_out, d_lse = flat
+    operands = jax.tree.unflatten(tree, leaves)
+    gradients = cotangent(
+        problem, operands, out, lse, d_out, d_lse, of_bias=of_bias, every_tile=every_tile
+    )
+    return list(gradients)
+
+
+def _primitive(
+    name: str, implementation: Callable[..., list[Array]], params: tuple[str, ...]
+) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(jax.jit(implementation, static_argnames=params))
+
+    def shapes(*avals: Any, **given: Any) -> list[Any]:
+        results = jax.eval_shape(partial(implementation, **given), *avals)
+        return [jax.core.ShapedArray(x.shape, x.dtype) for x in results]
+
+    primitive.def_abstract_eval(shapes)
+    mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=True))
+    return primitive
+
+
+forward_p = _primitive("heedful_forward", _forward, ("problem", "tree"))
+tangent_p = _primitive("heedful_tangent", _tangent, ("problem", "tree", "of_bias"))
+cotangent_p = _primitive("heedful_cotangent", _cotangent, ("problem", "tree", "of_bias"))
+
+
+# Differentiation
+
+
+def _jvp_of_forward(
+    primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+) -> tuple[list[Array], list[Array]]:
+    out, lse = forward_p.bind(*primals, problem=problem, tree=tree)
+    # Named here, before the tangent rule reads them: a name put on later would not be the residual's.
+    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUALS, strict=True))
+    named = jax.tree.unflatten(tree, tangents)
+    moving = [ad.instantiate_zeros(t) for t in (named.q, named.k, named.v)]
+    of_bias = named.bias is not None and not isinstance(named.bias, ad.Zero)
+    if of_bias:
+        moving.append(named.bias)
+    moved = tangent_p.bind(*moving, *primals, out, lse, problem=problem, tree=tree, of_bias=of_bias)
+    return [out, lse], moved
+
+
+def _transpose_of_tangent(
+    cotangents: Sequence[Any], *flat: Any, problem: Problem, tree: Any, of_bias: bool
+) -> list[Array | None]:
+    moving, fixed = flat[: 3 + of_bias], flat[3 + of_bias :]
+    gradients = cotangent_p.bind(
+        *fixed,
+        *(ad.instantiate_zeros(ct) for ct in cotangents),
+        problem=problem,
+        tree=tree,
+        of_bias=of_bias,
+    )
+    asked = [ad.is_undefined_primal(x) for x in moving]
+    wanted = [g if ask else None for g, ask in zip(gradients, asked, strict=True)]
+    return [*wanted, *[None] * len(fixed)]
+
+
+def _jvp_of_loops(
+    implementation: Callable[..., list[Array]],
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    **params: Any,
+) -> tuple[list[Array], list[Array]]:
+    """The tangent of a blockwise function as JAX derives it, along the arguments that move."""
+    moving = [n for n, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def of_moving(*args: Array) -> list[Array]:
+        every = list(primals)
+        for n, arg in zip(moving, args, strict=True):
+            every[n] = arg
+        return implementation(*every, **params, every_tile=True)
+
+    return jax.jvp(of_moving, [primals[n] for n in moving], [tangents[n] for n in moving])
+
+
+ad.primitive_jvps[forward_p] = _jvp_of_forward
+ad.primitive_transposes[tangent_p] = _transpose_of_tangent
+ad.primitive_jvps[tangent_p] = partial(_jvp_of_loops, _tangent)
+ad.primitive_jvps[cotangent_p] = partial(_jvp_of_loops, _cotangent)
+
+
+# vmap: the new axis is folded into the batch, of which there may be many rows already
+
+
+def _fold(x: Array, axis: int | None, size: int, batch: int, whole: bool) -> Array:
+    """(batch or 1, ...) with a new axis somewhere → (size · batch, ...).
+
+    What neither moves along the new axis nor has a batch axis stays as it is, unless asked `whole`.
+    """
+    if axis is None:
+        if x.shape[0] == 1 and not whole:
+            return x
+        x = x[None]
+    else:
+        x = jnp.moveaxis(x, axis, 0)
+    x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+    return x.reshape(size * batch, *x.shape[2:])
+
+
+def _vmap(
+    primitive: Primitive,
+    args: Sequence[Array],
+    axes: Sequence[int | None],
+    *,
+    problem: Problem,
+    tree: Any,
+    **params: Any,
+) -> tuple[list[Array], list[int]]:
+    size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
+    of_bias = params.get("of_bias", False)
+    tangents = 3 + of_bias if primitive is tangent_p else 0
+    names = [name for name, x in zip(Operands._fields, _positions(tree), strict=True) if x is not None]
+    broadcast = {"mask", "bias", "q_lengths", "kv_lengths", "q_offset"} - ({"bias"} if of_bias else set())
+    whole = [True] * len(args)
+    for n, name in enumerate(names, start=tangents):
+        whole[n] = name not in broadcast
+    folded = [
+        _fold(x, axis, size, problem.batch, w) for x, axis, w in zip(args, axes, whole, strict=True)
+    ]
+    results = primitive.bind(
+        *folded, problem=replace(problem, batch=size * problem.batch), tree=tree, **params
+    )
+    results = [x.reshape(size, problem.batch, *x.shape[1:]) for x in results]
+    if primitive is cotangent_p and of_bias:
+        bias = args[names.index("bias")]
+        axis = axes[names.index("bias")]
+        rows = bias.shape[0] if axis is None else jnp.moveaxis(bias, axis, 0).shape[1]
+        if rows == 1:  # the rows of a batch share one bias, so it gets their sum
+            results[3] = results[3].sum(axis=1, keepdims=True)
+    return results, [0] * len(results)
+
+
+def _positions(tree: Any) -> Operands:
+    return jax.tree.unflatten(tree, range(tree.num_leaves))
+
+
+for _p in (forward_p, tangent_p, cotangent_p):
+    batching.primitive_batchers[_p] = partial(_vmap, _p)

@@ -1,0 +1,146 @@
+"""NumPy arrays on JAX backends, and JAX arrays on NumPy backends.
+
+The first way is easy: NumPy records no derivatives, so a call is carried over, computed and copied back.
+
+The second has to work inside JAX's transformations. A NumPy backend's `run` and `gradients` become the two
+halves of a `jax.custom_vjp`, each a callback on XLA's own buffers. `jax.pure_callback` would be the usual
+way, but it makes JAX arrays inside the callback, which waits for a thread of XLA's while holding one: on a
+single core it hangs for ever from about a million elements on (jax-ml/jax#24255).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+
+from heedful.problem import Array, Operands, Problem
+
+if TYPE_CHECKING:
+    from heedful.dispatch import Backend  # which imports this file
+
+
+class NumpyBridge:
+    """The bridge between "numpy" and "jax", both ways, within the host's memory."""
+
+    def reasons(self, problem: Problem, framework: str) -> tuple[str, ...]:
+        if problem.platform != "cpu":
+            return (
+                f"the arrays lie on a {problem.platform} and NumPy's in host memory: "
+                "nothing here moves silently between devices",
+            )
+        if framework == "jax" and _cpu() is None:
+            return ("JAX has no CPU device here: the platforms it was told to use leave cpu out",)
+        return ()
+
+    def run(
+        self, backend: "Backend", problem: Problem, operands: Operands
+    ) -> tuple[Array, Array | None]:
+        if problem.framework == "numpy":
+            return _run_in_jax(backend, problem, operands)
+        return _run_in_numpy(backend, problem, operands)
+
+
+bridge = NumpyBridge()
+
+
+# NumPy arrays on a JAX backend
+
+
+def _cpu() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def _run_in_jax(
+    backend: "Backend", problem: Problem, operands: Operands
+) -> tuple[np.ndarray, np.ndarray | None]:
+    # Inside somebody's jit, NumPy arrays are constants: they are computed with at once, not traced.
+    with jax.ensure_compile_time_eval():
+        results = backend.run(problem, jax.device_put(operands, _cpu()))
+        return jax.tree.map(np.array, results)  # copies: the caller may write to them
+
+
+# JAX arrays on a NumPy backend
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1))
+def _run_in_numpy(
+    backend: "Backend", problem: Problem, operands: Operands
+) -> tuple[jax.Array, jax.Array | None]:
+    def run(operands: Operands) -> tuple[np.ndarray, np.ndarray | None]:
+        out, lse = backend.run(problem, operands)
+        return out, lse if problem.return_lse else None
+
+    queries = (problem.batch, problem.q_heads, problem.q_length)
+    out = jax.ShapeDtypeStruct((*queries, problem.value_dim), problem.dtype)
+    lse = jax.ShapeDtypeStruct(queries, problem.accumulator) if problem.return_lse else None
+    return _on_host(f"{backend.name}.run", run, (out, lse), operands)
+
+
+def _run_and_remember(
+    backend: "Backend", problem: Problem, operands: Operands
+) -> tuple[tuple[jax.Array, jax.Array | None], Operands]:
+    if not hasattr(backend, "gradients"):
+        raise NotImplementedError(
+            f"{backend.name} cannot be differentiated in JAX: a NumPy backend needs a method "
+            "`gradients` for that (heedful.dispatch.Gradients). Choose another backend."
+        )
+    return _run_in_numpy(backend, problem, operands), operands
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _gradients_in_numpy(
+    backend: "Backend",
+    problem: Problem,
+    operands: Operands,
+    cotangents: tuple[jax.Array, jax.Array | None],
+) -> tuple[Operands]:
+    def gradients(
+        operands: Operands, cotangents: tuple[np.ndarray, np.ndarray | None]
+    ) -> tuple[np.ndarray, ...]:
+        dout, dlse = cotangents
+        if dlse is None:
+            dlse = np.zeros(dout.shape[:3], problem.accumulator)
+        return backend.gradients(problem, operands, dout, dlse)
+
+    differentiable = (operands.q, operands.k, operands.v, operands.bias)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), differentiable)
+    found = _on_host(f"{backend.name}.gradients", gradients, shapes, operands, cotangents)
+    dq, dk, dv, dbias = found
+    return (Operands(dq, dk, dv, bias=dbias),)
+
+
+_run_in_numpy.defvjp(_run_and_remember, _gradients_in_numpy)
+
+
+def _on_host(
+    name: str, function: Callable[..., Sequence[Any]], shapes: Sequence[Any], *arguments: Any
+) -> Any:
+    """Calls a function of NumPy arrays from within a JAX computation.
+
+    Args:
+        name: of the function, for the error when it returns something else than promised.
+        function: takes the arguments as read-only NumPy arrays. It must not call JAX, which may be
+            waiting for it.
+        shapes: of what it returns, a `jax.ShapeDtypeStruct` or None for each.
+        arguments: pytrees of JAX arrays.
+    """
+
+    def on_buffers(_context: Any, results: Sequence[Any], *buffers: Any) -> None:
+        returned = function(*jax.tree.map(np.asarray, buffers))
+        for result, x in zip(results, returned, strict=True):
+            if result is None:  # not asked for
+                continue
+            target = np.asarray(result)
+            if x is None or (x.shape, x.dtype) != (target.shape, target.dtype):
+                got = "None" if x is None else f"{x.dtype} {x.shape}"
+                raise ValueError(f"{name} must return {target.dtype} {target.shape}. Got {got}.")
+            target[...] = x
+
+    return buffer_callback(on_buffers, shapes, vmap_method="sequential")(*arguments)

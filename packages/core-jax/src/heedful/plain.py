@@ -1,0 +1,74 @@
+"""Attention as the formula stands, in JAX: the whole score matrix, and JAX's own derivatives of it.
+
+Everything is computed in the accumulator dtype, so half-precision inputs are rounded on the way in and on
+the way out and nowhere between: this is the error that other backends are compared with. (On a CPU it is
+also faster: XLA's own bfloat16 product is slow there.)
+
+JAX differentiates `where` by multiplying what was not chosen with zero, and zero times NaN is NaN. So
+whatever could be NaN or infinite where nobody sees it is replaced before the arithmetic as well as after.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from heedful.problem import Array, Operands, Problem
+from heedful.visibility import visible
+
+
+def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """out (B, Hq, Sq, Dv) in the problem's dtype and lse (B, Hq, Sq) in its accumulator dtype.
+
+    Differentiable in q, k, v and bias, forwards and backwards, to any order. Keys that no query of their
+    head sees, and queries that see no key, may hold NaN and infinity; elsewhere those spread.
+    """
+    scores_shape = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
+    grouped = (problem.batch, problem.kv_heads, problem.group)
+    q, k, v = (jnp.asarray(x, problem.accumulator) for x in (operands.q, operands.k, operands.v))
+
+    seen = _visible(problem, operands)
+    if seen is not None:
+        seen = jnp.broadcast_to(seen, scores_shape)
+        sees = seen.any(axis=3, keepdims=True)
+        seen_by_a_head = seen.any(axis=2).reshape(*grouped, problem.kv_length)
+        seen_by_any = seen_by_a_head.any(axis=2)[..., None]
+        q, k, v = jnp.where(sees, q, 0), jnp.where(seen_by_any, k, 0), jnp.where(seen_by_any, v, 0)
+
+    q = q.reshape(*grouped, problem.q_length, problem.head_dim)
+    scores = problem.scale * _einsum("bhgid,bhjd->bhgij", q, k).reshape(scores_shape)
+    if problem.softcap is not None:
+        scores = problem.softcap * jnp.tanh(scores / problem.softcap)
+    if operands.bias is not None:
+        scores = scores + jnp.asarray(operands.bias, problem.accumulator)
+    if seen is not None:
+        scores = jnp.where(seen, scores, -jnp.inf)
+
+    # Any shift gives the same softmax and the same lse, so its derivative is none of ours.
+    highest = lax.stop_gradient(scores.max(axis=3, keepdims=True, initial=-jnp.inf))
+    highest = jnp.where(highest == -jnp.inf, 0, highest)
+    exponentials = jnp.exp(scores - highest)
+    total = exponentials.sum(axis=3, keepdims=True)
+
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    weights = (exponentials / total).reshape(*grouped, *scores_shape[2:])
+    out = _einsum("bhgij,bhjd->bhgid", weights, v).reshape(*scores_shape[:3], problem.value_dim)
+    out = jnp.where(empty, 0, out).astype(problem.dtype)
+    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(total))
+    return out, lse[..., 0]
+
+
+def _einsum(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    # Left alone, GPUs and TPUs round float32 factors to fewer bits.
+    return jnp.einsum(formula, a, b, precision=lax.Precision.HIGHEST)
+
+
+def _visible(problem: Problem, operands: Operands) -> Array | None:
+    # One integer type for all: a length may come as a narrow or an unsigned one, which would wrap.
+    same = {
+        name: None if (x := getattr(operands, name)) is None else jnp.asarray(x, jnp.int32)
+        for name in ("q_lengths", "kv_lengths", "q_offset")
+    }
+    rows = jnp.arange(problem.q_length, dtype=jnp.int32)
+    columns = jnp.arange(problem.kv_length, dtype=jnp.int32)
+    return visible(problem, operands._replace(**same), rows, columns)

@@ -1,0 +1,601 @@
+"""The contract of attention, checked once.
+
+A call is checked here, turned into a `Problem` (what is asked, no array data) and `Operands` (the
+arrays, in one canonical form). Nothing behind this file looks at user options again.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
+
+import jax
+import numpy as np
+
+Array = Any  # a JAX array, a NumPy array or a torch tensor: core never imports torch
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+LAYOUTS = ("bhsd", "bshd")
+
+
+class Options(TypedDict, total=False):
+    """The options of an attention call: every name, once. `Problem` says what each means."""
+
+    mask: Array | None
+    bias: Array | None
+    causal: bool | Literal["top_left"]
+    window: tuple[int | None, int | None] | None
+    q_offset: int | Array | None
+    q_lengths: Array | None
+    kv_lengths: Array | None
+    scale: float | None
+    softcap: float | None
+    layout: Literal["bhsd", "bshd"]
+    return_lse: bool
+
+
+# What the same thing is called elsewhere, so that the error for an unknown option can teach.
+PEER_NAMES = {
+    "is_causal": 'causal="top_left" (SDPA and jax.nn align the diagonal top-left) or causal=True',
+    "attn_mask": "mask= for a boolean mask, bias= for a float one",
+    "key_padding_mask": "mask= of shape (B, Sk), True = visible",
+    "attn_bias": "bias=",
+    "enable_gqa": "nothing: grouped heads need no switch",
+    "sm_scale": "scale=",
+    "softmax_scale": "scale=",
+    "logits_soft_cap": "softcap=",
+    "window_size": "window=(left, right), None for an open side",
+    "local_window_size": "window=(left, right), None for an open side",
+    "query_seq_lengths": "q_lengths=",
+    "key_value_seq_lengths": "kv_lengths=",
+    "return_attn_probs": "return_lse=True",
+    "return_residual": "return_lse=True",
+}
+
+
+class Operands(NamedTuple):
+    """The arrays of one call in canonical form, all of one framework; a JAX pytree.
+
+    Attributes:
+        q: (B, Hq, Sq, D).
+        k: (B, Hkv, Sk, D).
+        v: (B, Hkv, Sk, Dv).
+        mask: boolean, rank 4, each axis full or 1 of (B, Hq, Sq, Sk); True = visible.
+        bias: floating, rank 4, each axis full or 1 of (B, Hq, Sq, Sk).
+        q_lengths: integer, (B,).
+        kv_lengths: integer, (B,).
+        q_offset: integer, (B,) or (1,); only where the offset is an array.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    mask: Array | None = None
+    bias: Array | None = None
+    q_lengths: Array | None = None
+    kv_lengths: Array | None = None
+    q_offset: Array | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What one attention call asks for: shapes, dtypes and options, no array data. Hashable.
+
+    This docstring is the home of the contract. B batch, Hq and Hkv heads, Sq and Sk lengths, D head
+    size, Dv value head size; Hq is a multiple of Hkv, and query head h reads key head h // (Hq/Hkv).
+
+        s_ij  = scale · q_i · k_j                    scale defaults to D^-½
+        s_ij  = softcap · tanh(s_ij / softcap)       where softcap is given
+        s_ij  = s_ij + bias_ij                       after softcap
+        p_ij  = softmax over the keys j that query i sees
+        out_i = Σ_j p_ij v_j
+        lse_i = log Σ_j exp(s_ij)                    natural log, over the keys seen
+
+    Position: query i stands at p_i = i + q_offset. By default q_offset = kv_length − q_length: the
+    last query is aligned with the last key ("bottom-right"), per batch row where lengths are given.
+    `causal="top_left"` means q_offset = 0. An explicit q_offset wins over both.
+
+    Visibility: query i sees key j when all of these say so:
+        causal                     j ≤ p_i
+        window=(left, right)       p_i − left ≤ j ≤ p_i + right, a side that is None is open
+        q_lengths, kv_lengths      i < q_lengths[b], j < kv_lengths[b]
+        mask                       True; broadcastable to (B, Hq, Sq, Sk), or (B, Sk) for keys alone
+
+    A query that sees no key gives out 0, lse −inf and no gradient, whatever stands in K and V.
+
+    Precision: products accumulate in float32 (float64 for float64); out has q's dtype, lse is float32
+    (float64) of shape (B, Hq, Sq) in either layout. out and lse are both differentiable in q, k, v
+    and bias.
+
+    Attributes:
+        framework: whose arrays the caller passed: "numpy", "jax" or "torch".
+        platform: where they lie: "cpu", "gpu" or "tpu" (under a JAX trace: JAX's default).
+        dtype: of q, k, v and out.
+        lead: the caller's leading axes, of which B is the product; () for rank 2 and 3.
+        rank: of the caller's q, k and v.
+        layout: of the caller's q, k, v and out: "bhsd" or "bshd".
+        batch, q_heads, kv_heads, q_length, kv_length, head_dim, value_dim: B, Hq, Hkv, Sq, Sk, D, Dv.
+        scale, softcap: of the scores.
+        causal: whether j ≤ p_i is asked; which alignment is q_offset's business.
+        window: (left, right), or None.
+        q_offset: the offset where it is one number known beforehand; None where it comes from the
+            operand `q_offset` or from the lengths. 0 where neither causal nor window asks for it.
+        mask, bias, lengths of q and kv, offset: shapes of the operands in canonical form, or None.
+        bias_dtype: of bias, or None.
+        return_lse: whether lse is asked for.
+    """
+
+    framework: str
+    platform: str
+    dtype: str
+    lead: tuple[int, ...]
+    rank: int
+    layout: str
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_length: int
+    kv_length: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float | None = None
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    q_offset: int | None = 0
+    mask_shape: tuple[int, ...] | None = None
+    bias_shape: tuple[int, ...] | None = None
+    bias_dtype: str | None = None
+    q_lengths: bool = False
+    kv_lengths: bool = False
+    return_lse: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head: Hq / Hkv."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        """(left, right): p_i − left ≤ j ≤ p_i + right is what causal and window ask together."""
+        left, right = self.window or (None, None)
+        return left, 0 if self.causal else right
+
+    @property
+    def positional(self) -> bool:
+        """Whether the place of a query matters at all: causal or a window."""
+        return self.band != (None, None)
+
+    @property
+    def accumulator(self) -> str:
+        """The dtype that products accumulate in, which is also the dtype of lse."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @classmethod
+    def of(cls, q: Array, k: Array, v: Array, **options: Unpack[Options]) -> Self:
+        """Checks a call and says what it asks for. Reads shapes and dtypes, never values.
+
+        Raises:
+            TypeError: a wrong kind of thing: no array, mixed frameworks, a dtype, an unknown option.
+            ValueError: a wrong size or value.
+        """
+        _check_names(options)
+        framework = _check_frameworks(q, k, v, options)
+        dtype = _check_dtypes(q, k, v, framework)
+        layout = options.get("layout", "bhsd")
+        sizes = _check_shapes(q, k, v, layout)
+        scores = (sizes["batch"], sizes["q_heads"], sizes["q_length"], sizes["kv_length"])
+        lead = sizes["lead"]
+
+        mask, bias = options.get("mask"), options.get("bias")
+        if mask is not None and dtype_of(mask) != "bool":
+            raise TypeError(
+                "mask must be boolean, True = visible. "
+                f"Got {dtype_of(mask)}. An additive float mask is bias=; for 0/1 use mask.astype(bool)."
+            )
+        accumulator = "float64" if dtype == "float64" else "float32"
+        if bias is not None and dtype_of(bias) not in (dtype, accumulator):
+            raise TypeError(
+                f"bias must be {' or '.join(sorted({dtype, accumulator}))} for {dtype} q, k, v. "
+                f"Got {dtype_of(bias)}. "
+                + (
+                    "A boolean mask is mask=."
+                    if dtype_of(bias) == "bool"
+                    else "Cast it: nothing here casts silently."
+                )
+            )
+        for name in ("q_lengths", "kv_lengths"):
+            _check_lengths(name, options.get(name), lead)
+
+        causal = options.get("causal", False)
+        top_left = isinstance(causal, str) and causal == "top_left"
+        if not (isinstance(causal, bool | np.bool_) or top_left):
+            raise ValueError(
+                'causal must be False, True (bottom-right) or "top_left". '
+                f"Got {causal!r}. For any other alignment pass causal=True and q_offset=."
+            )
+        causal_asked = bool(causal)
+        window = _check_window(options.get("window"))
+        explicit = options.get("q_offset")
+        _check_offset(explicit, lead)
+        if not causal_asked and window is None:
+            q_offset: int | None = 0  # positions play no part: equal problems compare equal
+        elif isinstance(explicit, numbers.Integral):
+            q_offset = int(explicit)
+        elif explicit is not None:
+            q_offset = None
+        elif top_left:
+            q_offset = 0
+        elif options.get("q_lengths") is not None or options.get("kv_lengths") is not None:
+            q_offset = None
+        else:
+            q_offset = sizes["kv_length"] - sizes["q_length"]
+
+        return_lse = options.get("return_lse", False)
+        if not isinstance(return_lse, bool):
+            raise TypeError(f"return_lse must be True or False. Got {return_lse!r}.")
+
+        return cls(
+            framework=framework,
+            platform=platform_of(q),
+            dtype=dtype,
+            rank=len(q.shape),
+            layout=layout,
+            **sizes,
+            scale=_check_number("scale", options.get("scale"), sizes["head_dim"] ** -0.5),
+            softcap=_check_softcap(options.get("softcap")),
+            causal=causal_asked,
+            window=window,
+            q_offset=q_offset,
+            mask_shape=None if mask is None else _mask_shape(mask, scores, lead),
+            bias_shape=None if bias is None else _score_shape("bias", bias, scores, lead),
+            bias_dtype=None if bias is None else dtype_of(bias),
+            q_lengths=options.get("q_lengths") is not None,
+            kv_lengths=options.get("kv_lengths") is not None,
+            return_lse=return_lse,
+        )
+
+    def canonical(self, q: Array, k: Array, v: Array, **options: Unpack[Options]) -> Operands:
+        """The arrays of the call this problem was made of, in canonical form: views, no copies.
+
+        Raises:
+            ValueError: a length that is negative or longer than its sequence, where the values can
+                be read without waiting for a device: CPU arrays outside of a trace.
+        """
+        offset = options.get("q_offset")
+        array_offset = self.q_offset is None and offset is not None
+        lengths = {
+            name: None if options.get(name) is None else options[name].reshape(self.batch)
+            for name in ("q_lengths", "kv_lengths")
+        }
+        for name, longest in (("q_lengths", self.q_length), ("kv_lengths", self.kv_length)):
+            _check_length_values(name, lengths[name], longest)
+        mask, bias = options.get("mask"), options.get("bias")
+        return Operands(
+            q=self._canonical_heads(q),
+            k=self._canonical_heads(k),
+            v=self._canonical_heads(v),
+            mask=None if mask is None else mask.reshape(self.mask_shape),
+            bias=None if bias is None else bias.reshape(self.bias_shape),
+            q_offset=offset.reshape(-1) if array_offset else None,
+            **lengths,
+        )
+
+    def _canonical_heads(self, x: Array) -> Array:
+        """(*lead, H, S, D), (*lead, S, H, D) or (S, D) → (B, H, S, D)."""
+        if self.rank == 2:
+            return x.reshape(1, 1, *x.shape)
+        if self.layout == "bshd":
+            x = x.swapaxes(-3, -2)
+        return x if self.rank == 4 else x.reshape(self.batch, *x.shape[-3:])
+
+    def restore(self, out: Array, lse: Array | None) -> Array | tuple[Array, Array]:
+        """Canonical out (and lse, where it was asked for) → what the caller gets."""
+        if self.rank == 2:
+            out = out.reshape(out.shape[-2:])
+        elif self.rank != 4:
+            out = out.reshape(*self.lead, *out.shape[-3:])
+        if self.rank != 2 and self.layout == "bshd":
+            out = out.swapaxes(-3, -2)
+        if not self.return_lse:
+            return out
+        assert lse is not None  # a backend without an LSE refuses the problem
+        if self.rank != 4:
+            lse = lse.reshape(*self.lead, *lse.shape[(2 if self.rank == 2 else 1) :])
+        return out, lse
+
+
+# Facts about arrays of any framework, without importing torch
+
+
+def framework_of(x: Array) -> str | None:
+    """ "numpy", "jax" (tracers and ShapeDtypeStruct too), "torch", or None for anything else."""
+    if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+        return "jax"
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    if any(t.__module__ == "torch" and t.__name__ == "Tensor" for t in type(x).__mro__):
+        return "torch"
+    return None
+
+
+def dtype_of(x: Array) -> str:
+    """The dtype's name, the same in every framework."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def platform_of(x: Array) -> str:
+    """ "cpu", "gpu" or "tpu"; a JAX tracer has no place of its own and takes JAX's default."""
+    match framework_of(x):
+        case "jax" if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            return next(iter(x.devices())).platform
+        case "jax":
+            default = jax.config.jax_default_device  # type: ignore[attr-defined]  # untyped config
+            return getattr(default, "platform", default) or jax.default_backend()
+        case "torch":
+            return {"cuda": "gpu", "xla": "tpu"}.get(x.device.type, x.device.type)
+    return "cpu"
+
+
+def _is_concrete_on_cpu(x: Array) -> bool:
+    return not isinstance(x, jax.core.Tracer) and platform_of(x) == "cpu"
+
+
+# The checks, in the order in which a caller meets them
+
+
+def _check_names(options: Options) -> None:
+    for name in options:
+        if name not in Options.__annotations__:
+            known = ", ".join(Options.__annotations__)
+            peer = PEER_NAMES.get(name)
+            raise TypeError(
+                f"unknown option {name!r}. "
+                + (f"Here it is {peer}." if peer else f"The options are {known}.")
+            )
+
+
+def _check_frameworks(q: Array, k: Array, v: Array, options: Options) -> str:
+    arrays = {"q": q, "k": k, "v": v}
+    for name in ("mask", "bias", "q_lengths", "kv_lengths", "q_offset"):
+        given = options.get(name)
+        if given is not None and not (name == "q_offset" and isinstance(given, numbers.Integral)):
+            arrays[name] = given
+    kinds = {name: framework_of(x) for name, x in arrays.items()}
+    for name, kind in kinds.items():
+        if kind is None:
+            raise TypeError(
+                f"{name} must be a JAX array, a NumPy array or a torch tensor. "
+                f"Got {type(arrays[name]).__name__}. Convert it first, for example with numpy.asarray."
+            )
+    framework = kinds["q"]
+    for name, kind in kinds.items():
+        # To JAX a NumPy mask or length is a constant; q, k and v themselves are never converted.
+        if kind != framework and not (framework == "jax" and kind == "numpy" and name not in "qkv"):
+            raise TypeError(
+                f"all arrays of a call must be of one framework. Got q of {framework} and {name} of "
+                f"{kind}. Convert one of them: nothing here moves silently between frameworks."
+            )
+    devices = {name: _devices(x) for name, x in arrays.items() if kinds[name] == framework}
+    for name, place in devices.items():
+        if place is not None and devices["q"] is not None and place != devices["q"]:
+            raise ValueError(
+                f"all arrays of a call must lie on one device. Got q on {devices['q']} and {name} on "
+                f"{place}. Move one of them: nothing here moves silently between devices."
+            )
+    assert framework is not None
+    return framework
+
+
+def _devices(x: Array) -> str | None:
+    """Where x lies, as text to compare; None where it has no place yet (a tracer, NumPy)."""
+    if framework_of(x) == "torch":
+        return str(x.device)
+    if framework_of(x) == "jax" and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        return ", ".join(sorted(str(d) for d in x.devices()))
+    return None
+
+
+def _check_dtypes(q: Array, k: Array, v: Array, framework: str) -> str:
+    names = {"q": dtype_of(q), "k": dtype_of(k), "v": dtype_of(v)}
+    for name, dtype in names.items():
+        if dtype not in FLOATS:
+            raise TypeError(
+                f"q, k and v must be one of {', '.join(FLOATS)}. Got {name} of {dtype}. "
+                "Cast it: nothing here casts silently."
+            )
+    if len(set(names.values())) > 1:
+        raise TypeError(
+            "q, k and v must have one dtype. Got "
+            + ", ".join(f"{name} of {dtype}" for name, dtype in names.items())
+            + ". Cast them: nothing here casts silently."
+        )
+    return names["q"]
+
+
+def _check_shapes(q: Array, k: Array, v: Array, layout: str) -> dict[str, Any]:
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f'layout must be "bhsd" or "bshd". Got {layout!r}. '
+            "It is never guessed: say where the head axis stands."
+        )
+    shapes = {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)}
+    got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    rank = len(shapes["q"])
+    if rank < 2 or len({len(s) for s in shapes.values()}) > 1:
+        forms = "(S, D), (H, S, D) or (B, H, S, D)" if layout == "bhsd" else "(S, D), (S, H, D) or (B, S, H, D)"
+        raise ValueError(
+            f"q, k and v must have the same rank, at least 2: {forms}. Got {got}. "
+            "Add the missing axes: they are never guessed."
+        )
+
+    def split(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int, int]:
+        if rank == 2:
+            return (), 1, *shape
+        lead, (a, b, d) = shape[:-3], shape[-3:]
+        return (lead, a, b, d) if layout == "bhsd" else (lead, b, a, d)
+
+    q_lead, q_heads, q_length, head_dim = split(shapes["q"])
+    k_lead, kv_heads, kv_length, k_dim = split(shapes["k"])
+    v_lead, v_heads, v_length, value_dim = split(shapes["v"])
+    where = f"in layout {layout!r}"
+    if not q_lead == k_lead == v_lead:
+        raise ValueError(
+            f"q, k and v must have the same batch axes {where}. Got {got}. "
+            "Broadcast them first: they are never repeated silently."
+        )
+    if k_dim != head_dim:
+        raise ValueError(
+            f"q and k must have the same head size, their last axis. Got {got}. "
+            "Only v may have a head size of its own."
+        )
+    if v_length != kv_length:
+        raise ValueError(
+            f"k and v must have the same length {where}. Got {got}. "
+            "If the axes are in the other order, pass the other layout=."
+        )
+    if v_heads != kv_heads:
+        raise ValueError(
+            f"k and v must have the same number of heads {where}. Got {got}. "
+            "If the axes are in the other order, pass the other layout=."
+        )
+    if kv_heads == 0 or q_heads == 0 or q_heads % kv_heads:
+        raise ValueError(
+            f"q's heads must be a multiple of k's {where}. Got {q_heads} and {kv_heads} from {got}. "
+            "If the axes are in the other order, pass the other layout=."
+        )
+    if head_dim == 0 or value_dim == 0:
+        raise ValueError(f"head sizes must be at least 1. Got {got}. Check the last axis.")
+    return {
+        "lead": q_lead,
+        "batch": math.prod(q_lead),
+        "q_heads": q_heads,
+        "kv_heads": kv_heads,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+    }
+
+
+def _score_shape(
+    name: str, x: Array, scores: tuple[int, ...], lead: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The canonical rank-4 shape of an array broadcastable to (*lead, Hq, Sq, Sk)."""
+    fitted = _broadcast_shape(tuple(x.shape), scores, lead)
+    if fitted is None:
+        full = (*lead, *scores[1:])
+        forms = f"be broadcastable to (B, Hq, Sq, Sk) = {full}"
+        if name == "mask":
+            forms += f", or be (B, Sk) = {(scores[0], scores[3])}"
+        raise ValueError(f"{name} must {forms}. Got {tuple(x.shape)}. Each axis is full or 1.")
+    return fitted
+
+
+def _broadcast_shape(
+    shape: tuple[int, ...], scores: tuple[int, ...], lead: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    rank = max(len(lead), 1) + 3
+    if len(shape) > rank:
+        return None
+    padded = (1,) * (rank - len(shape)) + shape
+    batch, rest = padded[:-3], padded[-3:]
+    if any(axis not in (1, full) for axis, full in zip(rest, scores[1:], strict=True)):
+        return None
+    if all(axis == 1 for axis in batch):
+        return (1, *rest)
+    return (scores[0], *rest) if batch == (lead or (1,)) else None
+
+
+def _mask_shape(mask: Array, scores: tuple[int, ...], lead: tuple[int, ...]) -> tuple[int, ...]:
+    """Canonical shape of a mask, which for rank-4 input may also be the key-padding form (B, Sk)."""
+    shape = tuple(mask.shape)
+    batch, _, q_length, kv_length = scores
+    key_padding = len(lead) == 1 and shape == (batch, kv_length)
+    if not key_padding:
+        return _score_shape("mask", mask, scores, lead)
+    if batch > 1 and batch == q_length:
+        raise ValueError(
+            f"mask of shape {shape} could be (B, Sk) or (Sq, Sk), since B = Sq = {batch}. Say which: "
+            "mask[:, None, None, :] for (B, Sk), mask[None, None] for (Sq, Sk)."
+        )
+    return (batch, 1, 1, kv_length)
+
+
+def _check_lengths(name: str, x: Array | None, lead: tuple[int, ...]) -> None:
+    if x is None:
+        return
+    if not dtype_of(x).removeprefix("u").startswith("int"):
+        raise TypeError(f"{name} must hold integers. Got {dtype_of(x)}. Cast it to int32.")
+    if tuple(x.shape) not in {lead, lead or (1,)}:
+        raise ValueError(
+            f"{name} must have one length for each batch row, shape (B,) = {lead or (1,)}. "
+            f"Got {tuple(x.shape)}. Pass one number for each sequence of the batch."
+        )
+
+
+def _check_length_values(name: str, lengths: Array | None, longest: int) -> None:
+    if lengths is None or lengths.shape[0] == 0 or not _is_concrete_on_cpu(lengths):
+        return
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 0 or high > longest:
+        axis = "Sq" if name == "q_lengths" else "Sk"
+        raise ValueError(
+            f"{name} must lie between 0 and {axis} = {longest}. Got {low if low < 0 else high}. "
+            "A length counts the tokens of a row that are real."
+        )
+
+
+def _check_window(window: Any) -> tuple[int | None, int | None] | None:
+    if window is None:
+        return None
+    if not (isinstance(window, Sequence) and len(window) == 2):
+        raise ValueError(
+            f"window must be a pair (left, right). Got {window!r}. "
+            "Write (w, 0) to see w keys back, (w, w) for both sides, None for an open side."
+        )
+    for side in window:
+        if side is None:
+            continue
+        if not isinstance(side, numbers.Integral) or isinstance(side, bool) or side < 0:
+            raise ValueError(
+                f"window must hold integers of at least 0, or None. Got {tuple(window)}. "
+                "An open side is None here, not -1."
+            )
+    left, right = (None if side is None else int(side) for side in window)
+    return None if left is None and right is None else (left, right)
+
+
+def _check_offset(q_offset: Any, lead: tuple[int, ...]) -> None:
+    if q_offset is None or (isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool)):
+        return
+    if isinstance(q_offset, bool) or not dtype_of(q_offset).startswith("int"):
+        kind = "bool" if isinstance(q_offset, bool) else dtype_of(q_offset)
+        raise TypeError(f"q_offset must be an integer or an integer array. Got {kind}.")
+    if tuple(q_offset.shape) not in {(), lead, lead or (1,)}:
+        raise ValueError(
+            f"q_offset must be one integer, or one for each batch row: (B,) = {lead or (1,)}. "
+            f"Got {tuple(q_offset.shape)}. It is the place of the first query among the keys."
+        )
+
+
+def _check_number(name: str, value: Any, default: float) -> float:
+    if value is None:
+        return default
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise TypeError(
+            f"{name} must be a finite Python number. Got {value!r}. "
+            "To learn it, multiply q by it instead."
+        )
+    return float(value)
+
+
+def _check_softcap(softcap: Any) -> float | None:
+    if softcap is None:
+        return None
+    if not isinstance(softcap, numbers.Real) or isinstance(softcap, bool) or not 0 < softcap < math.inf:
+        raise ValueError(
+            f"softcap must be a positive Python number. Got {softcap!r}. For no softcap pass None."
+        )
+    return float(softcap)

@@ -1,0 +1,54 @@
+"""Which keys a query sees, for the whole score matrix or for one tile of it.
+
+Written with operators alone, so that one text serves NumPy, JAX and torch: the caller brings the row
+and column numbers in its own framework, and the answer comes in that framework.
+"""
+
+import operator
+from functools import reduce
+from typing import Any
+
+from heedful.problem import Array, Operands, Problem
+
+
+def _column(per_batch: Array) -> Array:
+    """(B,) → (B, 1, 1, 1), to stand beside scores."""
+    return per_batch[:, None, None, None]
+
+
+def q_offset(problem: Problem, operands: Operands) -> Any:
+    """The place of query 0 among the keys: a number, or (B, 1, 1, 1) where rows differ."""
+    if problem.q_offset is not None:
+        return problem.q_offset
+    if operands.q_offset is not None:
+        return _column(operands.q_offset)
+    kv = problem.kv_length if operands.kv_lengths is None else _column(operands.kv_lengths)
+    q = problem.q_length if operands.q_lengths is None else _column(operands.q_lengths)
+    return kv - q
+
+
+def visible(problem: Problem, operands: Operands, rows: Array, columns: Array) -> Array | None:
+    """Which keys are seen: boolean, broadcastable to (B, Hq, rows, columns); None where all are.
+
+    Args:
+        problem: what is asked.
+        operands: its arrays; `mask` cut to the rows and columns of the tile, the rest whole.
+        rows: query numbers i, integers of shape (rows,).
+        columns: key numbers j, integers of shape (columns,).
+    """
+    i, j = rows[None, None, :, None], columns[None, None, None, :]
+    left, right = problem.band
+    conditions = []
+    if problem.positional:
+        p = i + q_offset(problem, operands)
+        if left is not None:
+            conditions.append(j >= p - left)
+        if right is not None:
+            conditions.append(j <= p + right)
+    if operands.q_lengths is not None:
+        conditions.append(i < _column(operands.q_lengths))
+    if operands.kv_lengths is not None:
+        conditions.append(j < _column(operands.kv_lengths))
+    if operands.mask is not None:
+        conditions.append(operands.mask)
+    return reduce(operator.and_, conditions) if conditions else None
