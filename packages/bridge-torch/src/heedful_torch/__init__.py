@@ -1,4 +1,4 @@
-"""heedful_torch: PyTorch for heedful, its kernels as backends and its tensors on every other one."""
+"""heedful_torch: PyTorch in heedful, its kernels as backends, its tensors on every other one."""
 
 from heedful_torch.dlpack import CopyWarning, to_jax, to_torch
 

@@ -1,20 +1,21 @@
-"""The bridge between torch and the other frameworks: the entry point "torch" of `heedful.bridges`.
+"""The bridge between torch and the other frameworks: entry point "torch" of `heedful.bridges`.
 
-=================  ===================================================================================
+=================  =============================================================================
 caller → backend   how
-=================  ===================================================================================
+=================  =============================================================================
 torch → JAX        `jax_in_torch`: DLPack, one compilation for each backend and problem
 JAX → torch        `torch_in_jax`: a callback on XLA's buffers, under jit, vmap and grad
-torch → NumPy      the same memory; the backend's `run` and `gradients` make an autograd function
-NumPy → torch      the same memory; the results are copies of the caller's own
-=================  ===================================================================================
+torch → NumPy      shared memory; the backend's `run` and `gradients` make an autograd function
+NumPy → torch      shared memory; the results are NumPy's own
+=================  =============================================================================
 
-Arrays are shared. What cannot be shared as it lies in memory, such as a slice or a broadcast handed to
-JAX, is copied with a `CopyWarning`. No array changes its dtype or its device, except lengths and offsets,
-a few integers: they cross as int32 to JAX, which has no int64 by default, and as int64 to torch.
+What cannot be shared as it lies in memory, such as a slice or a broadcast handed to JAX, is copied
+with a `CopyWarning`. No array changes its dtype or its device, except lengths and offsets, which are
+a few integers: they go to JAX as int32, since it has no int64 by default, and to torch as int64.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,36 +23,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from heedful.dispatch import Backend
-from heedful.problem import Array, Operands, Problem
 from torch.autograd.function import once_differentiable
 
+from heedful.dispatch import Backend
+from heedful.problem import Array, Operands, Problem
 from heedful_torch.autograd import jax_in_torch, torch_in_jax
 from heedful_torch.dlpack import CopyWarning
 
 INTEGERS = ("q_lengths", "kv_lengths", "q_offset")
+FAR = 2**30  # beyond any key: an int64 offset clamped to it means the same in int32
 BFLOAT16 = np.dtype(jnp.bfloat16)
-
-# Farther than any key or query: clamped to it, an offset of int64 means the same in int32.
-FAR = 2**30
 
 
 class TorchBridge:
-    """Carries calls from torch to JAX and NumPy backends, and from JAX and NumPy to torch backends."""
+    """Carries calls from torch to JAX and NumPy backends, and from JAX and NumPy to torch's."""
 
     def reasons(self, problem: Problem, framework: str) -> list[str]:
         caller, platform = problem.framework, problem.platform
-        if "numpy" in (caller, framework) and platform != "cpu":
+        if "numpy" in (caller, framework):
+            if platform == "cpu":
+                return []
             return [
                 f"the arrays lie on a {platform} and NumPy's in host memory: "
                 "nothing here moves silently between devices"
             ]
         if platform not in ("cpu", "gpu"):
-            return [f"{framework} has no arrays on {platform}; move them to a CPU or a GPU"]
-        if framework == "jax" and not _jax_has(platform):
-            return [f"this JAX has no {platform}, where the arrays lie; move them, or install one that has"]
-        if framework == "torch" and platform == "gpu" and not torch.cuda.is_available():
-            return ["this torch has no gpu, where the arrays lie; move them, or install one that has"]
+            return [f"arrays on {platform} do not cross between {caller} and {framework}"]
+        if not _has(framework, platform):
+            return [
+                f"this {framework} has no {platform}, where the arrays lie: "
+                "move them, or install one that has"
+            ]
         return []
 
     def run(
@@ -59,31 +61,33 @@ class TorchBridge:
     ) -> tuple[Array, Array | None]:
         there = {name: x for name, x in operands._asdict().items() if x is not None}
         call = _Call(backend, problem, tuple(there))
-        match problem.framework, backend.name.partition(":")[0]:
-            case "torch", "jax":
-                tensors = [_int32(x) if name in INTEGERS else x for name, x in there.items()]
-                results = jax_in_torch(call, copy=None)(*tensors)
-            case "jax", "torch":
-                results = torch_in_jax(call, _result_shapes(problem))(*map(jnp.asarray, there.values()))
-            case "torch", "numpy":
-                results = _NumpyInTorch.apply(call, *there.values())
-            case "numpy", "torch":
-                arrays = [x.astype(np.int64) if n in INTEGERS else x for n, x in there.items()]
-                with torch.no_grad():
-                    results = tuple(np.array(_as_array(y)) for y in call(*map(_as_tensor, arrays)))
-            case caller, framework:
-                raise ValueError(f"this bridge does not lead from {caller} to {framework}")
-        return results[0], results[1] if problem.return_lse else None
+        cross = {
+            ("torch", "jax"): _torch_on_jax,
+            ("jax", "torch"): _jax_on_torch,
+            ("torch", "numpy"): _torch_on_numpy,
+            ("numpy", "torch"): _numpy_on_torch,
+        }[problem.framework, backend.name.partition(":")[0]]
+        out, *lse = cross(call, there)
+        return out, lse[0] if lse else None
 
 
 bridge = TorchBridge()
 
 
+def _has(framework: str, platform: str) -> bool:
+    if framework == "torch":
+        return platform == "cpu" or torch.cuda.is_available()
+    try:
+        return bool(jax.local_devices(backend=platform))
+    except RuntimeError:
+        return False
+
+
 @dataclass(frozen=True)
 class _Call:
-    """A backend and a problem as a function of those operands that are there, in the order of `names`.
+    """A backend and a problem, as a function of those operands that are there, named by `names`.
 
-    Equal calls are equal functions: JAX compiles them once.
+    Equal calls are equal functions, which JAX compiles once.
     """
 
     backend: Backend
@@ -91,42 +95,92 @@ class _Call:
     names: tuple[str, ...]
 
     def __call__(self, *arrays: Array) -> tuple[Array, ...]:
-        out, lse = self.backend.run(self.problem, self.operands(*arrays))
+        out, lse = self.backend.run(self.problem, self.operands(arrays))
         return (out, lse) if self.problem.return_lse else (out,)
 
-    def operands(self, *arrays: Array) -> Operands:
+    def operands(self, arrays: tuple[Array, ...]) -> Operands:
         return Operands(**dict(zip(self.names, arrays, strict=True)))
 
-
-def _jax_has(platform: str) -> bool:
-    try:
-        return bool(jax.local_devices(backend=platform))
-    except RuntimeError:
-        return False
-
-
-def _int32(x: torch.Tensor) -> torch.Tensor:
-    return x.long().clamp(-FAR, FAR).int()
+    def result_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        problem = self.problem
+        queries = (problem.batch, problem.q_heads, problem.q_length)
+        out = jax.ShapeDtypeStruct((*queries, problem.value_dim), problem.dtype)
+        lse = jax.ShapeDtypeStruct(queries, problem.accumulator)
+        return (out, lse) if problem.return_lse else (out,)
 
 
-def _result_shapes(problem: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
-    queries = (problem.batch, problem.q_heads, problem.q_length)
-    out = jax.ShapeDtypeStruct((*queries, problem.value_dim), problem.dtype)
-    lse = jax.ShapeDtypeStruct(queries, problem.accumulator)
-    return (out, lse) if problem.return_lse else (out,)
+# torch and JAX
 
 
-# torch and NumPy share the host's memory; NumPy's bfloat16 is ml_dtypes', which torch does not know
+def _torch_on_jax(call: _Call, there: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    tensors = (
+        x.long().clamp(-FAR, FAR).int() if name in INTEGERS else x for name, x in there.items()
+    )
+    return jax_in_torch(call, copy=None)(*tensors)
 
 
-def _as_array(x: torch.Tensor) -> np.ndarray:
+def _jax_on_torch(call: _Call, there: Mapping[str, Array]) -> tuple[jax.Array, ...]:
+    # a mask or a length may be NumPy's: to JAX it is a constant
+    return torch_in_jax(call, call.result_shapes())(*map(jnp.asarray, there.values()))
+
+
+# torch and NumPy, which share the host's memory
+
+
+def _torch_on_numpy(call: _Call, there: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return _NumpyInTorch.apply(call, *there.values())  # type: ignore[no-untyped-call]
+
+
+def _numpy_on_torch(call: _Call, there: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    tensors = (
+        _to_tensor(x.astype(np.int64) if name in INTEGERS else x) for name, x in there.items()
+    )
+    with torch.no_grad():
+        return tuple(np.array(_to_numpy(result)) for result in call(*tensors))
+
+
+class _NumpyInTorch(torch.autograd.Function):
+    """A NumPy backend, recorded by torch autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        return tuple(_to_tensor(np.array(result)) for result in call(*map(_to_numpy, tensors)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        call, backend = ctx.call, ctx.call.backend
+        if not hasattr(backend, "gradients"):
+            raise NotImplementedError(
+                f"{backend.name} cannot be differentiated in torch: a NumPy backend needs a method "
+                "`gradients` for that (heedful.dispatch.Gradients). Choose another backend."
+            )
+        operands = call.operands(tuple(map(_to_numpy, ctx.saved_tensors)))
+        dout, *dlse = map(_to_numpy, cotangents)
+        if not dlse:
+            dlse = [np.zeros(dout.shape[:3], call.problem.accumulator)]
+        found = backend.gradients(call.problem, operands, dout, *dlse)
+        gradients = dict(zip(("q", "k", "v", "bias"), found, strict=True))
+        return None, *(
+            None if gradients.get(name) is None else _to_tensor(np.array(gradients[name]))
+            for name in call.names
+        )
+
+
+def _to_numpy(x: torch.Tensor) -> np.ndarray:
     x = x.detach()
-    return x.view(torch.int16).numpy().view(BFLOAT16) if x.dtype == torch.bfloat16 else x.numpy()
+    if x.dtype == torch.bfloat16:  # ml_dtypes' in NumPy, which torch does not know
+        return x.view(torch.int16).numpy().view(BFLOAT16)
+    return x.numpy()
 
 
-def _as_tensor(x: np.ndarray) -> torch.Tensor:
+def _to_tensor(x: np.ndarray) -> torch.Tensor:
     if why := _why_torch_must_copy(x):
-        warnings.warn(f"an array of shape {x.shape}, {x.dtype} was copied: {why}.", CopyWarning, 2)
+        warnings.warn(
+            f"an array of shape {x.shape}, {x.dtype} was copied: {why}.", CopyWarning, stacklevel=2
+        )
         x = np.array(x, order="C")
     if x.dtype == BFLOAT16:
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
@@ -137,38 +191,6 @@ def _why_torch_must_copy(x: np.ndarray) -> str | None:
     """The reason why torch cannot share this array's memory, or None if it can."""
     if not x.flags.writeable:
         return "it is read-only, and a torch tensor never is"
-    if any(stride < 0 for stride in x.strides):
-        return f"torch has no negative strides, and it has {x.strides} (bytes)"
-    if any(stride % x.itemsize for stride in x.strides):
-        return f"torch strides over whole numbers, and it has {x.strides} (bytes)"
+    if any(stride < 0 or stride % x.itemsize for stride in x.strides):
+        return f"torch cannot step over memory by {x.strides} bytes"
     return None
-
-
-class _NumpyInTorch(torch.autograd.Function):
-    """A NumPy backend, recorded by torch autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.call = call
-        ctx.save_for_backward(*tensors)
-        return tuple(_as_tensor(np.array(x)) for x in call(*map(_as_array, tensors)))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        call = ctx.call
-        if not hasattr(call.backend, "gradients"):
-            raise NotImplementedError(
-                f"{call.backend.name} cannot be differentiated in torch: a NumPy backend needs a method "
-                "`gradients` for that (heedful.dispatch.Gradients). Choose another backend."
-            )
-        operands = call.operands(*map(_as_array, ctx.saved_tensors))
-        dout, *dlse = map(_as_array, cotangents)
-        if not dlse:
-            dlse = [np.zeros(dout.shape[:3], call.problem.accumulator)]
-        found = call.backend.gradients(call.problem, operands, dout, *dlse)
-        gradients = dict(zip(("q", "k", "v", "bias"), found, strict=True))
-        return None, *(
-            _as_tensor(np.array(gradients[name])) if gradients.get(name) is not None else None
-            for name in call.names
-        )

@@ -1,29 +1,30 @@
-"""Visibility and bias, for kernels that know no more than an additive mask and the flag `is_causal`.
+"""Visibility and bias, for kernels that know an additive mask and the flag `is_causal`, no more.
 
-Three things are done here, each with what is known when it is known:
+Each part is done as early as it is known:
 
-- What position alone rules out is known from the problem, before any array: `span` cuts it off, so a
-  sliding window over a long cache costs the window and a causal call with more keys than queries never
-  touches the keys of the future.
-- Whether the rest is exactly a causal diagonal, or nothing at all, is known there too: then no mask is
+- What position alone rules out is known from the problem, before any array: `span` cuts it off. A
+  sliding window over a long cache costs the window, and a causal call never touches keys of the
+  future.
+- There too it is known whether the rest is exactly a causal diagonal, or nothing: then no mask is
   made.
-- Everything else becomes one additive mask, 0 or the bias where a key is seen, -inf where it is not. It
+- Everything else becomes one additive mask: 0 or the bias where a key is seen, -inf where not. It
   has an axis only where a condition has one (padding alone is (B, 1, 1, Sk)), but causal, windows and
   full masks bring (Sq, Sk): that is memory, and the price of these kernels.
 
-No kernel is ever shown an empty row, since each makes something else of one (0, NaN, the mean of V). The
-mask lets a query that sees nothing attend to everything; its answer is thrown away afterwards. What
-stands in such a query, and in keys and values that nobody sees, is put to zero first: a kernel multiplies
-it by a probability of zero, and 0 · NaN is NaN. Every step is a select, which passes no NaN on, forward
-or backward.
+No kernel is ever shown an empty row, since each makes something else of one: 0, NaN, the mean of V.
+The mask lets a query that sees nothing attend to everything, and its answer is thrown away. What
+stands in such a query, and in keys and values that nobody sees, is put to zero first: a kernel
+multiplies it by a probability of zero, and 0 · NaN is NaN. Every step is a select, which lets no
+NaN through, forward or backward.
 """
 
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
+
 from heedful.problem import Operands, Problem
 from heedful.visibility import visible
-from torch import Tensor
 
 
 class Span(NamedTuple):
@@ -32,9 +33,9 @@ class Span(NamedTuple):
     Attributes:
         rows: the queries that may see a key.
         columns: the keys that may be seen.
-        hides: what position still hides between those: "nothing"; "diagonal", the keys
+        hides: what position still hides between those: "nothing"; "diagonal", exactly the keys
             j > i + diagonal; or "band", anything else.
-        diagonal: see above; row 0 and column 0 are the first of `rows` and `columns`.
+        diagonal: see above; i and j count from the first of `rows` and `columns`.
     """
 
     rows: range
@@ -52,7 +53,7 @@ def span(problem: Problem) -> Span:
         return Span(rows, columns, "band")
     left, right = problem.band
     offset = problem.q_offset
-    # Row i reaches from key i + offset - left to key i + offset + right.
+    # Query i reaches from key i + offset - left to key i + offset + right.
     first = 0 if right is None else max(0, -offset - right)
     end = len(rows) if left is None else max(0, len(columns) - offset + left)
     rows = rows[first:end]
@@ -71,7 +72,7 @@ def span(problem: Problem) -> Span:
 
 
 def masking(problem: Problem) -> list[str]:
-    """The options of the problem, other than position and bias, that hide keys."""
+    """The options, other than position, that say which keys are seen; a bias is not among them."""
     asked = {
         "mask": problem.mask_shape is not None,
         "q_lengths": problem.q_lengths,
@@ -81,11 +82,11 @@ def masking(problem: Problem) -> list[str]:
 
 
 class ScoreMask(NamedTuple):
-    """Bias and visibility of the rows and columns of a span.
+    """Bias and visibility over the rows and columns of a span.
 
     Attributes:
-        additive: added to the scores, each axis full or 1 of (B, Hq, rows, columns); differentiable
-            in the bias. A query that sees nothing has the scores of one that sees everything.
+        additive: added to the scores, each axis full or 1 of (B, Hq, rows, columns), contiguous,
+            differentiable in the bias. For a query that sees nothing it hides nothing.
         sees: whether a query sees any key, each axis full or 1 of (B, Hq, rows, 1).
         seen: whether a key is seen by any query, each axis full or 1 of (B, Hkv, columns, 1).
     """
@@ -96,40 +97,46 @@ class ScoreMask(NamedTuple):
 
 
 def score_mask(problem: Problem, operands: Operands, place: Span, dtype: torch.dtype) -> ScoreMask:
-    """The additive mask of a problem, in `dtype`. A bias of -inf hides a key as a mask does."""
+    """The mask of a problem, in `dtype`. A bias of -inf hides a key as a mask does."""
     device = operands.q.device
-    mask = None if operands.mask is None else _cut(operands.mask, place)
-    bias = None if operands.bias is None else _cut(operands.bias, place).to(dtype)
-    numbers = {  # int64, in which a difference of unsigned lengths cannot wrap around
-        name: None if x is None else x.long()
-        for name, x in operands._asdict().items()
-        if name in ("q_lengths", "kv_lengths", "q_offset")
-    }
     visibility = visible(
         problem,
-        operands._replace(mask=mask, **numbers),
+        operands._replace(
+            mask=_cut(operands.mask, place),
+            # in int64: the difference of two unsigned lengths would wrap around
+            q_lengths=_int64(operands.q_lengths),
+            kv_lengths=_int64(operands.kv_lengths),
+            q_offset=_int64(operands.q_offset),
+        ),
         torch.arange(place.rows.start, place.rows.stop, device=device),
         torch.arange(place.columns.start, place.columns.stop, device=device),
     )
     if visibility is None:
         visibility = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    if bias is not None:
+    nothing = torch.zeros((), dtype=dtype, device=device)
+    bias = nothing
+    if operands.bias is not None:
+        bias = _cut(operands.bias, place).to(dtype)
         visibility = visibility & (bias.detach() != -torch.inf)
-    if visibility.shape[-1] == 1 and len(place.columns) == 0:
-        visibility = visibility.expand(-1, -1, -1, 0)  # of no keys, none is seen
+    if not place.columns:
+        visibility = visibility[..., :0]  # of no keys, none is seen
 
     sees = visibility.any(-1, keepdim=True)
     seen = visibility.any(-2).unsqueeze(-1)
     if seen.shape[1] > 1:
         seen = seen.unflatten(1, (problem.kv_heads, problem.group)).any(2)
-    nothing = torch.zeros((), dtype=dtype, device=device)
-    hidden = torch.where(sees, -torch.inf, nothing)
-    additive = torch.where(visibility, nothing if bias is None else bias, hidden)
-    # A select keeps the layout of a transposed mask; kernels read rows.
+    additive = torch.where(visibility, bias, torch.where(sees, -torch.inf, nothing))
+    # The select keeps the layout of a transposed mask, and kernels read rows.
     return ScoreMask(additive.contiguous(), sees, seen)
 
 
-def _cut(x: Tensor, place: Span) -> Tensor:
+def _cut(x: Tensor | None, place: Span) -> Tensor | None:
+    if x is None:
+        return None
     if x.shape[2] > 1:
         x = x[:, :, place.rows.start : place.rows.stop]
     return x[..., place.columns.start : place.columns.stop] if x.shape[3] > 1 else x
+
+
+def _int64(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.long()

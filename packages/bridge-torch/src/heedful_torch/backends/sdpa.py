@@ -1,20 +1,20 @@
-"""What the backends of `F.scaled_dot_product_attention` share: the contract around one pinned kernel.
+"""What the backends of `F.scaled_dot_product_attention` share: the contract around one kernel.
 
-SDPA chooses a kernel and says nothing of which. Here each backend calls the aten operator of exactly one
-kernel; what SDPA does around those operators, and what the contract asks beyond SDPA, is done here:
+SDPA chooses a kernel and does not say which. Here each backend calls the aten operator of exactly
+one kernel. What SDPA does around these operators, and what the contract asks beyond SDPA, is here:
 
 - Position, masks, lengths, bias and empty rows: `score_mask`.
-- The kernels read head sizes and strides that they do not check: a CPU tensor whose last axis is not
-  contiguous, or fewer key heads than query heads, and they compute on foreign memory. Operands are
-  padded with zero columns and laid out first; zero columns change no score.
-- Grouped heads: query head h reads key head h // G. The g-th query heads of all groups are a strided
-  view with as many heads as K and V, so a kernel that needs equal heads is called G times, on K and V
-  as they are: never repeated, neither they nor their gradients. No axis gets stride 0 either, with which
-  the efficient kernel is reported to be wrong (pytorch#191937).
-- A scale of zero or below: kernels put -inf on causal scores before they multiply by the scale, so the
-  CPU flash kernel returns NaN. The sign is moved into q, exactly.
-- The gradient of the LSE, which torch's own derivative of these operators drops silently: see
-  `_with_lse_cotangent`.
+- Head sizes and layout. The operators believe what SDPA has checked before them: given a last axis
+  that is not contiguous, or fewer key heads than query heads, the CPU kernel reads foreign memory.
+  Operands are padded with zero columns, which change no score, and laid out first.
+- Grouped heads. Query head h reads key head h // G. The g-th query heads of all groups are a
+  strided view with as many heads as K and V, so a kernel that needs equal heads is called G times,
+  on K and V as they are: neither they nor their gradients are ever repeated. Nor does an axis get
+  stride 0, with which the efficient kernel is reported to be wrong (pytorch#191937).
+- A scale of zero or less. Kernels hide causal scores by -inf before they multiply by the scale, and
+  the CPU kernel returns NaN. The sign is moved into q, exactly.
+- The gradient of the LSE, which torch's own derivative of these operators drops silently:
+  `_with_lse_cotangent`. And that of the mask, which some drop too: `_mask_gradient`.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,17 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from heedful.problem import Operands, Problem
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from heedful.problem import Operands, Problem
 from heedful_torch.backends.score_mask import masking, score_mask, span
 
-# (q, k, v, additive mask or None, causal, scale) → out, lse or None, what the backward pass needs besides
+# (q, k, v, additive mask or None, causal, scale)
+# → out, lse or None, the tensors that the backward pass needs besides
 Forward = Callable[..., tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
-# (dout, q, k, v, additive mask or None, causal, scale, out, what forward kept, whether the mask's
-# gradient is wanted) → dq, dk, dv, gradient of the mask or None
+# (dout, q, k, v, additive mask or None, causal, scale, out, those tensors, is dmask wanted)
+# → dq, dk, dv, dmask or None
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 
@@ -42,15 +43,16 @@ class Kernel:
 
     Attributes:
         forward: the operator.
-        backward: its backward operator; None where torch's own derivative is right, LSE and all.
-        flag: the diagonal that `is_causal` means: it starts in the upper left corner of the scores,
-            ends in the lower right one, or there is no flag.
+        backward: its backward operator; None where torch's own derivative is right.
+        flag: where the diagonal of `is_causal` lies: it starts in the upper left corner of the
+            scores, or ends in the lower right one; None where the flag is not used.
         masks: the dtype of the additive mask, the accumulator's or q's own; None: it takes no mask.
         mask_gradient: whether `backward` gives the gradient of the mask.
-        alignment: head sizes, strides and offsets are multiples of this many elements.
+        alignment: head sizes, strides and offsets are multiples of so many elements.
         equal_head_sizes: whether V must have the head size of Q and K.
         grouped: whether K and V may have fewer heads than Q.
         largest_head: the largest head size, padding included.
+        full_above: head sizes above this one are padded to `largest_head`.
     """
 
     forward: Forward
@@ -62,27 +64,35 @@ class Kernel:
     equal_head_sizes: bool = False
     grouped: bool = False
     largest_head: int | None = None
+    full_above: int | None = None
 
     def padded(self, size: int) -> int:
         """The head size that the kernel is given for a head size of the problem."""
+        if self.full_above is not None and self.largest_head is not None:
+            if self.full_above < size <= self.largest_head:
+                return self.largest_head
         return -(-size // self.alignment) * self.alignment
 
     def flagged(self, problem: Problem) -> bool:
-        """Whether `is_causal` says all that the problem hides."""
+        """Whether `is_causal` says exactly what position hides."""
         place = span(problem)
         corner = {"upper left": 0, "lower right": len(place.columns) - len(place.rows), None: None}
         return place.hides == "diagonal" and place.diagonal == corner[self.flag]
 
 
+# What keeps a kernel from a problem
+
+
 def limits(kernel: Kernel, problem: Problem) -> list[str]:
-    """What keeps a kernel from a problem whatever the machine: scores, masks, head sizes."""
+    """What keeps a kernel from a problem on any machine: scores, masks, head sizes."""
     reasons = []
     if problem.softcap is not None:
-        reasons.append("no kernel of SDPA has a softcap; jax:flash and torch:flex have")
+        reasons.append("no kernel of SDPA has a softcap; jax:flash has")
     if kernel.masks is None:
         hiding = masking(problem)
         if span(problem).hides != "nothing" and not kernel.flagged(problem):
-            hiding.append("window" if problem.window else f"causal with q_offset={problem.q_offset}")
+            offset = "of its own a row" if problem.q_offset is None else str(problem.q_offset)
+            hiding.append("window" if problem.window else f"causal with a q_offset {offset}")
         if hiding:
             reasons.append(f"this kernel takes no mask, which {' and '.join(hiding)} would need")
         if problem.bias_shape is not None:
@@ -92,29 +102,28 @@ def limits(kernel: Kernel, problem: Problem) -> list[str]:
             f"this kernel takes a bias of q's dtype, {problem.dtype}, not of {problem.bias_dtype}"
         )
     if kernel.largest_head is not None:
-        size = max(problem.head_dim, problem.value_dim)
-        if kernel.padded(size) > kernel.largest_head:
+        size, largest = max(problem.head_dim, problem.value_dim), kernel.largest_head
+        if kernel.padded(size) > largest:
+            reasons.append(f"this kernel takes head sizes up to {largest}, not {size}")
+        elif problem.return_lse and kernel.padded(size + LSE_COLUMNS) > largest:
             reasons.append(
-                f"this kernel takes head sizes up to {kernel.largest_head}, not {size}"
-            )
-        elif problem.return_lse and kernel.padded(size + LSE_COLUMNS) > kernel.largest_head:
-            reasons.append(
-                f"with return_lse this kernel takes head sizes up to "
-                f"{kernel.largest_head - kernel.alignment}, not {size}: the gradient of the LSE needs "
-                "columns of its own"
+                f"with return_lse this kernel takes head sizes up to {largest - LSE_COLUMNS}, "
+                f"not {size}: the gradient of the LSE needs columns of its own"
             )
     return reasons
 
 
-def cuda_limits(problem: Problem, dtypes: tuple[str, ...], capability: tuple[int, int]) -> list[str]:
+def cuda_limits(
+    problem: Problem, dtypes: tuple[str, ...], capability: tuple[int, int]
+) -> list[str]:
     """What keeps a kernel that exists for CUDA alone from a problem on this machine."""
     reasons = []
     if problem.platform != "gpu":
-        reasons.append(f"this kernel needs a CUDA GPU; the arrays are on {problem.platform}")
+        reasons.append(f"this kernel needs a CUDA GPU; the arrays lie on {problem.platform}")
     if problem.dtype not in dtypes:
-        reasons.append(f"this kernel takes {' and '.join(dtypes)} on a GPU, not {problem.dtype}")
+        reasons.append(f"this kernel takes {' and '.join(dtypes)}, not {problem.dtype}")
     if torch.version.hip is not None:
-        reasons.append("this kernel is known for CUDA; this torch is built for ROCm")
+        reasons.append("this kernel is the one for CUDA; this torch is built for ROCm")
     elif not torch.cuda.is_available():
         reasons.append("this torch sees no CUDA GPU")
     elif (here := torch.cuda.get_device_capability()) < capability:
@@ -125,28 +134,31 @@ def cuda_limits(problem: Problem, dtypes: tuple[str, ...], capability: tuple[int
     return reasons
 
 
+# The call, from the contract inwards
+
+
 def attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
-    """Computes a problem with a kernel that has no `limits` to it."""
+    """out and lse of a problem that is within the kernel's limits."""
     place = span(problem)
     rows, columns = place.rows, place.columns
     q = operands.q[:, :, rows.start : rows.stop]
     k = operands.k[:, :, columns.start : columns.stop]
     v = operands.v[:, :, columns.start : columns.stop]
 
-    mask = None
-    causal = kernel.flagged(problem) and not masking(problem) and problem.bias_shape is None
-    if not causal and (place.hides != "nothing" or masking(problem) or problem.bias_shape is not None):
-        dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
-        mask = score_mask(problem, operands, place, getattr(torch, dtype))
-        q = torch.where(mask.sees, q, 0)
-        k, v = torch.where(mask.seen, k, 0), torch.where(mask.seen, v, 0)
+    mask, causal = None, False
+    if masking(problem) or problem.bias_shape is not None or place.hides != "nothing":
+        causal = not masking(problem) and problem.bias_shape is None and kernel.flagged(problem)
+        if not causal:
+            dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
+            mask = score_mask(problem, operands, place, getattr(torch, dtype))
+            q = torch.where(mask.sees, q, 0)
+            k, v = torch.where(mask.seen, k, 0), torch.where(mask.seen, v, 0)
 
     scale = problem.scale
     if scale <= 0:
         q, scale = (-q, -scale) if scale else (0 * q, 1.0)
-    out, lse = _over_groups(
-        kernel, problem.group, q, k, v, None if mask is None else mask.additive, causal, scale
-    )
+    additive = None if mask is None else mask.additive
+    out, lse = _over_groups(kernel, problem.group, q, k, v, additive, causal, scale)
 
     if mask is not None:
         out = torch.where(mask.sees, out, 0)
@@ -163,22 +175,13 @@ def _over_groups(
 ) -> tuple[Tensor, Tensor | None]:
     if group == 1 or kernel.grouped:
         return _on_padded_heads(kernel, q, k, v, mask, *rest)
-    members = [
-        _on_padded_heads(
-            kernel,
-            q[:, g::group],
-            k,
-            v,
-            mask[:, g::group] if mask is not None and mask.shape[1] > 1 else mask,
-            *rest,
-        )
-        for g in range(group)
-    ]
+    members = []
+    for g in range(group):
+        member_mask = mask if mask is None or mask.shape[1] == 1 else mask[:, g::group]
+        members.append(_on_padded_heads(kernel, q[:, g::group], k, v, member_mask, *rest))
     outs, lses = zip(*members, strict=True)
-    return (
-        torch.stack(outs, 2).flatten(1, 2),
-        None if lses[0] is None else torch.stack(lses, 2).flatten(1, 2),
-    )
+    out = torch.stack(outs, 2).flatten(1, 2)
+    return out, None if lses[0] is None else torch.stack(lses, 2).flatten(1, 2)
 
 
 def _on_padded_heads(
@@ -187,26 +190,27 @@ def _on_padded_heads(
     head, value_head = kernel.padded(q.shape[-1]), kernel.padded(v.shape[-1])
     if kernel.equal_head_sizes:
         head = value_head = max(head, value_head)
-    padded = (
-        laid_out(pad_head(x, size), kernel.alignment)
+    qkv = (
+        _laid_out(_pad_head(x, size), kernel.alignment)
         for x, size in ((q, head), (k, head), (v, value_head))
     )
-    # Autocast would have the math kernel's products computed in bfloat16.
+    lse: Tensor | None
+    # Autocast would have the math kernel's products made in bfloat16.
     with torch.autocast(q.device.type, enabled=False):
         if kernel.backward is None:
-            out, lse, _ = kernel.forward(*padded, mask, causal, scale)
+            out, lse, _ = kernel.forward(*qkv, mask, causal, scale)
         else:
-            out, lse = _Fused.apply(kernel, causal, scale, *padded, mask)
+            out, lse = _Fused.apply(kernel, causal, scale, *qkv, mask)  # type: ignore[no-untyped-call]
     return out[..., : v.shape[-1]], lse
 
 
-def pad_head(x: Tensor, size: int) -> Tensor:
+def _pad_head(x: Tensor, size: int) -> Tensor:
     """(..., d) → (..., size), with zero columns on the right."""
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
-def laid_out(x: Tensor, alignment: int) -> Tensor:
-    """x where a kernel can read its memory: whole rows, one after the other, aligned; else a copy."""
+def _laid_out(x: Tensor, alignment: int) -> Tensor:
+    """The tensor, or a copy where a kernel needs one: whole rows one after the other, aligned."""
     size, stride = x.shape, x.stride()
     readable = (
         (size[-1] == 1 or stride[-1] == 1)
@@ -218,7 +222,7 @@ def laid_out(x: Tensor, alignment: int) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """A fused kernel and its backward operator, differentiable through out and LSE alike."""
+    """A kernel and its backward operator, differentiable through out and LSE alike."""
 
     @staticmethod
     def forward(
@@ -230,55 +234,91 @@ class _Fused(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.kernel, ctx.causal, ctx.scale = kernel, causal, scale
-        if q.numel() == 0 or k.numel() == 0:  # kernels read past the end of no memory
-            accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-            out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-            lse = q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator)
-            kept: tuple[Tensor, ...] = ()
-        else:
+        kept: tuple[Tensor, ...] = ()
+        lse: Tensor | None
+        if q.numel() and k.numel():
             out, lse, kept = kernel.forward(q, k, v, mask, causal, scale)
+        else:
+            out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+            accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+            lse = q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator)
         ctx.save_for_backward(q, k, v, mask, out, *kept)
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None
-    ) -> tuple[None, None, None, Tensor, Tensor, Tensor, Tensor | None]:
-        kernel = ctx.kernel
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernel, causal, scale = ctx.kernel, ctx.causal, ctx.scale
         q, k, v, mask, out, *kept = ctx.saved_tensors
-        mask_wanted = ctx.needs_input_grad[6]
-        if q.numel() == 0 or k.numel() == 0:
-            dmask = torch.zeros_like(mask) if mask_wanted else None
-            return None, None, None, *(torch.zeros_like(x) for x in (q, k, v)), dmask
         head, value_head = q.shape[-1], v.shape[-1]
+        wanted = ctx.needs_input_grad[-1]
+        if not (q.numel() and k.numel()):
+            zeros = (None if x is None else torch.zeros_like(x) for x in (q, k, v, mask))
+            return None, None, None, *zeros
         if dout is None:
             dout = torch.zeros_like(out)
-        own_mask_gradient = None
-        if mask_wanted and not kernel.mask_gradient:
-            own_mask_gradient = _mask_gradient(dout, dlse, q, k, v, mask, ctx.scale)
+        dmask = None
+        if wanted and not kernel.mask_gradient:
+            dmask, wanted = _mask_gradient(dout, dlse, q, k, v, mask, scale), False
         if dlse is not None:
             dout, q, k, v, out = _with_lse_cotangent(kernel, dlse, dout, q, k, v, out)
-        dout, out = laid_out(dout, kernel.alignment), laid_out(out, kernel.alignment)
-        dq, dk, dv, dmask = kernel.backward(
-            dout, q, k, v, mask, ctx.causal, ctx.scale, out, kept, mask_wanted
+        dout, out = _laid_out(dout, kernel.alignment), _laid_out(out, kernel.alignment)
+        dq, dk, dv, of_kernel = kernel.backward(
+            dout, q, k, v, mask, causal, scale, out, kept, wanted
         )
-        if own_mask_gradient is not None:
-            dmask = own_mask_gradient
+        dmask = of_kernel if wanted else dmask
         return None, None, None, dq[..., :head], dk[..., :head], dv[..., :value_head], dmask
+
+
+LSE_COLUMNS = 3  # of 8 bits each in bfloat16: together they hold a float32
+
+
+def _with_lse_cotangent(
+    kernel: Kernel, dlse: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dout, q, k, v, out for a backward kernel, such that it honours the cotangent of the LSE.
+
+    With P the probabilities, the gradient of the scores is dS = P ∘ (dO Vᵀ − δ + dlse), where
+    δ = rowsum(dO ∘ O), the D of Dao et al. 2022, Algorithm 4. The kernels know no dlse, but they
+    make δ of the dO and O that they are given. So V gets new columns of zeros, dO a factor f there
+    and O −dlse / f: then dO Vᵀ stays what it is, and δ becomes δ − dlse. What the kernel makes of
+    these columns, in dV and in the padding of dQ and dK, is cut off.
+
+    In half precision one column would round dlse, so it is split over three, each holding what
+    those before it left over. f = 1 would do but for float16, whose exponents are too few: so f is
+    the power of two next to dlse.
+    """
+    count, factor = 1, torch.ones_like(dlse)
+    if out.dtype in (torch.float16, torch.bfloat16):
+        count, factor = LSE_COLUMNS, torch.ldexp(factor, torch.frexp(dlse).exponent.clamp(-14, 15))
+    rest, columns = -dlse / factor, []
+    for _ in range(count):
+        columns.append(rest.to(out.dtype))
+        rest = rest - columns[-1]
+    factors = factor.to(out.dtype).unsqueeze(-1).expand(*factor.shape, count)
+
+    value_head = kernel.padded(v.shape[-1] + count)
+    head = value_head if kernel.equal_head_sizes else q.shape[-1]
+    return (
+        _pad_head(torch.cat([dout, factors], -1), value_head),
+        _pad_head(q, head),
+        _pad_head(k, head),
+        _pad_head(v, value_head),
+        _pad_head(torch.cat([out, torch.stack(columns, -1)], -1), value_head),
+    )
 
 
 def _mask_gradient(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
-    """The gradient of the additive mask, where the kernel gives none and torch drops it silently.
+    """The gradient of the additive mask, for kernels that give none.
 
     It is dS itself, summed over the axes that the mask does not have:
     dS = P ∘ (dP − rowsum(P ∘ dP) + dlse), dP = dO Vᵀ. The scores of one head of one batch row are
-    materialised at a time.
+    materialised at a time, in the mask's dtype.
     """
     gradient = torch.zeros_like(mask)
     for b in range(q.shape[0]):
@@ -292,45 +332,3 @@ def _mask_gradient(
                 dp += dlse[b, h, :, None]
             gradient[at] += (p * dp).sum_to_size(mask.shape[2:])
     return gradient
-
-
-LSE_COLUMNS = 3  # of 8 bits each in bfloat16, which together hold a float32
-
-
-def _with_lse_cotangent(
-    kernel: Kernel, dlse: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Operands of a backward kernel that make it honour the cotangent of the LSE, exactly.
-
-    With P the probabilities, the gradient of the scores is dS = P ∘ (dO Vᵀ − δ + dlse), where
-    δ = rowsum(dO ∘ O) (Dao et al. 2022, Algorithm 4, line 19, whose D is δ). The kernels know no dlse,
-    but they make δ of the dO and O that they are given. So V gets new columns of zeros, dO a factor f
-    there and O −dlse / f: then dO Vᵀ stays as it is and δ becomes δ − dlse. The columns' own dV is
-    thrown away.
-
-    In half precision one column rounds dlse, so it is split over three, each holding what those before
-    it left over. f = 1 would do but for float16, whose exponent is too small for some gradients: there
-    f is a power of two near dlse.
-    """
-    reduced = out.dtype in (torch.float16, torch.bfloat16)
-    if reduced:
-        _, exponent = torch.frexp(dlse)
-        factor = torch.ldexp(torch.ones_like(dlse), exponent.clamp(-14, 15))
-    else:
-        factor = torch.ones_like(dlse)
-    rest, columns = -dlse / factor, []
-    for _ in range(LSE_COLUMNS if reduced else 1):
-        columns.append(rest.to(out.dtype))
-        rest = rest - columns[-1]
-    count = len(columns)
-    factors = factor.to(out.dtype).unsqueeze(-1).expand(*factor.shape, count)
-
-    value_head = kernel.padded(v.shape[-1] + count)
-    head = value_head if kernel.equal_head_sizes else q.shape[-1]
-    return (
-        pad_head(torch.cat([dout, factors], -1), value_head),
-        pad_head(q, head),
-        pad_head(k, head),
-        pad_head(v, value_head),
-        pad_head(torch.cat([out, torch.stack(columns, -1)], -1), value_head),
-    )

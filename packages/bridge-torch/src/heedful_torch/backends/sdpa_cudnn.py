@@ -1,16 +1,15 @@
 """`torch:sdpa-cudnn`: cuDNN's attention as torch binds it, CUDA only.
 
 Taken by name alone, and without masks or bias: SDPA's default on Hopper, it has live bugs of silent
-corruption (pytorch#193893, pytorch#196678), and to catch such is what this project is for. It has not
-been run on a GPU yet.
+corruption (pytorch#193893, pytorch#196678). It has not been run on a GPU yet.
 """
 
 import torch
-from heedful.problem import Operands, Problem
 from torch import Tensor
 
-from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits
+from heedful.problem import Operands, Problem
 from heedful_torch.backends.score_mask import span
+from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits
 
 aten = torch.ops.aten
 
@@ -67,8 +66,8 @@ class SdpaCudnn:
             reasons.append("cuDNN's attention takes no single key")
         place = span(problem)
         if place.hides == "diagonal" and len(place.rows) != len(place.columns):
-            reasons.append("causal is taken on equal lengths only: elsewhere its diagonal is unchecked")
-        version = torch.backends.cudnn.version() or 0
+            reasons.append("this kernel is trusted with causal on equal lengths only")
+        version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
         if version < 90000:
             reasons.append(f"this kernel needs cuDNN 9; this torch has {version or 'none'}")
         if torch.cuda.is_available():

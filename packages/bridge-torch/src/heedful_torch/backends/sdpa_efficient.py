@@ -5,11 +5,11 @@ It has not been run on a GPU yet.
 
 import torch
 import torch.nn.functional as F
-from heedful.problem import Operands, Problem
 from torch import Tensor
 
-from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits, masking
-from heedful_torch.backends.score_mask import span
+from heedful.problem import Operands, Problem
+from heedful_torch.backends.score_mask import masking, span
+from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits
 
 aten = torch.ops.aten
 
@@ -18,9 +18,9 @@ LONGEST_MASKED = 2**16
 
 
 def _aligned_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
-    """The mask as (B, H, Sq, Sk), broadcast axes as views, in memory with room to the right of each row.
+    """The mask as (B, H, Sq, Sk), its broadcast axes as views, with room to the right of each row.
 
-    The kernel reads rows of the mask in aligned chunks of 16 bytes and past their ends.
+    The kernel reads rows of the mask in aligned chunks, past their ends.
     """
     length = scores[-1]
     room = -length % MASK_ALIGNMENT
@@ -35,7 +35,7 @@ def _forward(
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
         q, k, v, mask, True, 0.0, causal, scale=scale
     )
-    # The kernel's LSE has room for a multiple of 32 queries, and its backward wants it back like that.
+    # This LSE has room for a multiple of 32 queries, and the backward kernel wants it like that.
     return out, lse[:, :, : q.shape[2]].clone(), (lse, seed, offset)
 
 
@@ -57,7 +57,9 @@ def _backward(
     dq, dk, dv, dmask = aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, aligned, out, lse, seed, offset, 0.0, wanted, causal, scale=scale
     )
-    return dq, dk, dv, dmask.sum_to_size(mask.shape) if mask_wanted else None
+    if mask is None or not mask_wanted:
+        return dq, dk, dv, None
+    return dq, dk, dv, dmask.sum_to_size(mask.shape)
 
 
 KERNEL = Kernel(
@@ -71,7 +73,7 @@ KERNEL = Kernel(
 
 
 class SdpaEfficient:
-    """SDPA's memory-efficient kernel, pinned. Memory grows with Sq + Sk, and with Sq · Sk for a mask."""
+    """SDPA's memory-efficient kernel, pinned. Memory grows with Sq + Sk, Sq · Sk for a mask."""
 
     name = "torch:sdpa-efficient"
     automatic = 1
@@ -84,7 +86,8 @@ class SdpaEfficient:
         hides = masking(problem) or problem.bias_shape or span(problem).hides != "nothing"
         if hides and max(problem.q_length, problem.kv_length) > LONGEST_MASKED:
             reasons.append(
-                f"this kernel is wrong with a mask on lengths over {LONGEST_MASKED} (pytorch#162588)"
+                f"with a mask this kernel is wrong on lengths over {LONGEST_MASKED}, silently "
+                "(pytorch#162588)"
             )
         return reasons
 

@@ -1,16 +1,14 @@
-"""`torch:sdpa-flash`: the flash kernels that torch carries, one for the CPU and FlashAttention-2 on CUDA.
+"""`torch:sdpa-flash`: the flash kernels that torch carries: its own on a CPU, FlashAttention-2 on CUDA.
 
-The CPU kernel takes an additive mask in the accumulator's dtype, so it takes every problem but those with
-a softcap. The CUDA kernel takes none: what a diagonal that ends in the lower right corner cannot say, it
-refuses. It has not been run on a GPU yet.
+The CPU kernel takes an additive mask in the accumulator's dtype, and so every problem but those with a
+softcap. The CUDA kernel takes none, and refuses what a diagonal ending in the lower right corner does
+not say. It has not been run on a GPU yet.
 """
 
-from typing import Any
-
 import torch
-from heedful.problem import Operands, Problem
 from torch import Tensor
 
+from heedful.problem import Operands, Problem
 from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits
 
 aten = torch.ops.aten
@@ -73,12 +71,6 @@ def _cuda_backward(
     return dq, dk, dv, None
 
 
-class _CudaKernel(Kernel):
-    def padded(self, size: int) -> int:
-        # On consumer GPUs the backward kernel for head sizes 193 to 224 is missing, that for 256 is not.
-        return 256 if 192 < size <= 256 else super().padded(size)
-
-
 CPU = Kernel(
     forward=_cpu_forward,
     backward=_cpu_backward,
@@ -86,16 +78,17 @@ CPU = Kernel(
     masks="accumulator",
     equal_head_sizes=True,
 )
-CUDA = _CudaKernel(
+CUDA = Kernel(
     forward=_cuda_forward,
     backward=_cuda_backward,
-    # SDPA refuses is_causal on unequal lengths, whose meaning FlashAttention-2.1 changed to this one.
+    # On unequal lengths SDPA refuses is_causal, whose meaning FlashAttention 2.1 changed to this.
     flag="lower right",
     masks=None,
     alignment=8,
     equal_head_sizes=True,
     grouped=True,
     largest_head=256,
+    full_above=192,  # consumer GPUs lack the backward pass for 193 to 224, but not for 256
 )
 
 
@@ -122,4 +115,4 @@ class SdpaFlash:
         return attend(CPU if problem.platform == "cpu" else CUDA, problem, operands)
 
 
-backend: Any = SdpaFlash()
+backend = SdpaFlash()

@@ -1,12 +1,12 @@
-"""`torch:sdpa-math`: SDPA's composite kernel, the score matrix materialised; on any device of torch.
+"""`torch:sdpa-math`: SDPA's composite kernel, the score matrix materialised, on any device.
 
-float16 and bfloat16 are computed in float32. It returns no LSE.
+It computes float16 and bfloat16 in float32, and returns no LSE.
 """
 
 import torch
-from heedful.problem import Operands, Problem
 from torch import Tensor
 
+from heedful.problem import Operands, Problem
 from heedful_torch.backends.sdpa import Kernel, attend, limits
 
 
@@ -34,10 +34,10 @@ class SdpaMath:
         reasons = limits(KERNEL, problem)
         if problem.return_lse:
             reasons.append("this kernel returns no LSE; torch:sdpa-flash does")
-        rounds = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-        if rounds and problem.dtype in ("float16", "bfloat16"):
+        rounded = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
+        if rounded and problem.dtype in ("float16", "bfloat16"):
             reasons.append(
-                f"products would accumulate in {problem.dtype}, not float32: call "
+                f"this torch is set to round scores to {problem.dtype}: call "
                 "torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)"
             )
         return reasons

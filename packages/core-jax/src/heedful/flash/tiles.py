@@ -223,11 +223,13 @@ def _seen(
     if own_lengths is not None:
         clear_high = jnp.where(last < jnp.min(own_lengths), clear_high, 0)
         high = jnp.where(first < jnp.max(own_lengths), high, 0)
-    if masked is not False:
-        clear_high = jnp.where(masked, 0, clear_high)
     n = count(length, size)
     first_tile = _clip(low // size, 0, n)
     end = _clip(-(-high // size), first_tile, n)
+    if masked is True:
+        return Seen(first_tile, end, end, end)
+    if masked is not False:
+        clear_high = jnp.where(masked, 0, clear_high)
     clear = _clip(-(-clear_low // size), first_tile, end)
     return Seen(first_tile, clear, _clip(clear_high // size, clear, end), end)
 
@@ -253,12 +255,21 @@ def visit(
     if every is not None:
         body = jax.checkpoint(lambda carry, index: (step(index, carry, True), None))
         return lax.scan(body, carry, jnp.arange(every))[0]
-    for begin, end, masked in (
-        (seen.first, seen.clear, True),
-        (seen.clear, seen.clear_end, False),
-        (seen.clear_end, seen.end, True),
-    ):
-        if isinstance(begin, int) and isinstance(end, int) and begin == end:
-            continue
-        carry = lax.fori_loop(begin, end, lambda i, c, m=masked: step(i, c, m), carry)
+    before, after = seen.clear - seen.first, seen.end - seen.clear_end
+
+    def boundary(n: Array, carry: Any) -> Any:
+        return step(jnp.where(n < before, seen.first + n, seen.clear_end + n - before), carry, True)
+
+    # Both boundaries in one loop: half the code to compile, and the order of tiles is free.
+    if not _same(before + after, 0):
+        carry = lax.fori_loop(0, before + after, boundary, carry)
+    if not _same(seen.clear, seen.clear_end):
+        carry = lax.fori_loop(
+            seen.clear, seen.clear_end, lambda n, carry: step(n, carry, False), carry
+        )
     return carry
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two bounds are known to be equal before any value is."""
+    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
