@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import torch
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
+from torch.utils.dlpack import from_dlpack
 
 from heedful_torch.dlpack import (
     EXCHANGED,
@@ -72,14 +73,14 @@ def jax_in_torch(function: JaxFunction, *, copy: bool | None = False) -> TorchFu
     def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         requires_grad = any(getattr(tensor, "requires_grad", False) for tensor in tensors)
         if requires_grad and torch.is_grad_enabled():
-            return _JaxFunction.apply(function, copy, *tensors)
+            return _JaxFunction.apply(function, copy, *tensors)  # type: ignore[no-untyped-call]
         arrays = tuple(to_jax(tensor, copy=copy) for tensor in tensors)
         return tuple(map(adopt, _run(function, *arrays)))
 
     def in_torch(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # torch.compile crashes inside JAX unless told to stay out; importing it takes a second.
         if "torch._dynamo" in sys.modules:
-            return torch.compiler.disable(call)(*tensors)
+            return torch.compiler.disable(call)(*tensors)  # type: ignore[no-untyped-call]
         return call(*tensors)
 
     return functools.update_wrapper(in_torch, function, updated=())
@@ -105,18 +106,18 @@ class _JaxFunction(torch.autograd.Function):
         ctx.save_for_backward(
             *tensors, *(outputs[i] for i in residuals.outputs), *map(adopt, residuals.fresh)
         )
-        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
-        ctx.function, ctx.wanted, ctx.residuals = (
-            function,
-            wanted,
-            dataclasses.replace(residuals, fresh=()),
+        ctx.mark_non_differentiable(
+            *(output for output in outputs if not output.is_floating_point())
         )
+        ctx.residuals = dataclasses.replace(residuals, fresh=())
+        ctx.function, ctx.wanted = function, wanted
         ctx.x64 = x64_is_enabled()
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, kept = ctx.saved_tensors[: len(ctx.wanted)], ctx.saved_tensors[len(ctx.wanted) :]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second look
+        inputs, kept = saved[: len(ctx.wanted)], saved[len(ctx.wanted) :]
         floating = [cotangent for cotangent in cotangents if cotangent.is_floating_point()]
         with jax.enable_x64(ctx.x64):  # the backward pass may run in another thread or context
             if torch.is_grad_enabled():  # create_graph=True
@@ -125,7 +126,8 @@ class _JaxFunction(torch.autograd.Function):
             else:
                 needed = [_fit_to_jax(inputs[i]) for i in ctx.residuals.inputs]
                 pull_back = ctx.residuals.restore(needed, [_fit_to_jax(tensor) for tensor in kept])
-                gradients = map(adopt, _pull(pull_back, tuple(map(_fit_to_jax, floating))))
+                computed = _pull(pull_back, tuple(map(_fit_to_jax, floating)))
+                gradients = tuple(map(adopt, computed))
         each = iter(gradients)
         return None, None, *(next(each) if want else None for want in ctx.wanted)
 
@@ -160,7 +162,9 @@ class _Residuals:
     structure: Any = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, pull_back: Any, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> _Residuals:
+    def of(
+        cls, pull_back: Any, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array]
+    ) -> _Residuals:
         leaves, structure = jax.tree.flatten(pull_back)
         found: dict[str, list[Any]] = {"inputs": [], "outputs": [], "fresh": [], "opaque": []}
         places = []
@@ -220,14 +224,16 @@ def _linearize(function: JaxFunction, wanted: tuple[bool, ...], arrays: Sequence
         )
 
     return jax.vjp(
-        of_wanted, *(array for want, array in zip(wanted, arrays, strict=True) if want), has_aux=True
+        of_wanted,
+        *(array for want, array in zip(wanted, arrays, strict=True) if want),
+        has_aux=True,
     )
 
 
 def _fit_for_jax(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy (recorded by autograd) where JAX could not share its memory.
 
-    For cotangents, which torch makes as it likes (an expanded scalar, after a sum): no user can mend them.
+    For cotangents, which torch makes as it likes (an expanded scalar, after a sum): nobody can mend them.
     """
     if why_jax_must_copy(tensor) is None:
         return tensor
@@ -267,7 +273,9 @@ def torch_in_jax(
     """
 
     def in_jax(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        promised = result_shapes(*map(jax.typeof, arrays)) if callable(result_shapes) else result_shapes
+        promised = (
+            result_shapes(*map(jax.typeof, arrays)) if callable(result_shapes) else result_shapes
+        )
         return _call_torch_jitted(function, tuple(promised), vmap_method, *arrays)
 
     return functools.update_wrapper(in_jax, function, updated=())
@@ -330,13 +338,11 @@ class _TorchCall:
         where = _stream_of(context, (*results, *buffers))
         with torch.inference_mode(False), torch.no_grad(), where, lent(*buffers) as tensors:
             outputs = _expect_tuple(self.function, self.function(*tensors))
-            promised = tuple(torch.from_dlpack(result) for result in results)
-            if _shapes_and_dtypes(outputs) != _shapes_and_dtypes(
-                promised
-            ):  # copy_ would broadcast and cast
+            promised = tuple(from_dlpack(result) for result in results)
+            expected, got = _shapes_and_dtypes(promised), _shapes_and_dtypes(outputs)
+            if got != expected:  # copy_ would broadcast and cast
                 raise TypeError(
-                    f"torch_in_jax: expected results {_shapes_and_dtypes(promised)}, as promised by "
-                    f"result_shapes. Got {_shapes_and_dtypes(outputs)}."
+                    f"torch_in_jax: expected results {expected}, as result_shapes promises. Got {got}."
                 )
             for result, output in zip(promised, outputs, strict=True):
                 result.copy_(output)
@@ -401,7 +407,9 @@ def _stream_of(context: Any, buffers: Sequence[Any]) -> Any:
 def _expect_tuple(function: Any, outputs: Any) -> tuple[Any, ...]:
     if not isinstance(outputs, tuple):
         name = getattr(function, "__name__", repr(function))
-        raise TypeError(f"expected {name} to return a tuple of arrays. Got {type(outputs).__name__}.")
+        raise TypeError(
+            f"expected {name} to return a tuple of arrays. Got {type(outputs).__name__}."
+        )
     return outputs
 
 

@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 from heedful.dispatch import Backend
 from heedful.problem import Array, Operands, Problem
 from heedful_torch.autograd import jax_in_torch, torch_in_jax
 from heedful_torch.dlpack import CopyWarning
+from heedful_torch.first_order import first_order
 
 INTEGERS = ("q_lengths", "kv_lengths", "q_offset")
 FAR = 2**30  # beyond any key: an int64 offset clamped to it means the same in int32
@@ -61,13 +61,19 @@ class TorchBridge:
     ) -> tuple[Array, Array | None]:
         there = {name: x for name, x in operands._asdict().items() if x is not None}
         call = _Call(backend, problem, tuple(there))
-        cross = {
-            ("torch", "jax"): _torch_on_jax,
-            ("jax", "torch"): _jax_on_torch,
-            ("torch", "numpy"): _torch_on_numpy,
-            ("numpy", "torch"): _numpy_on_torch,
-        }[problem.framework, backend.name.partition(":")[0]]
-        out, *lse = cross(call, there)
+        results: tuple[Array, ...]
+        match problem.framework, backend.name.partition(":")[0]:
+            case "torch", "jax":
+                results = _torch_on_jax(call, there)
+            case "jax", "torch":
+                results = _jax_on_torch(call, there)
+            case "torch", "numpy":
+                results = _torch_on_numpy(call, there)
+            case "numpy", "torch":
+                results = _numpy_on_torch(call, there)
+            case caller, framework:
+                raise LookupError(f"this bridge does not lead from {caller} to {framework}")
+        out, *lse = results
         return out, lse[0] if lse else None
 
 
@@ -149,7 +155,7 @@ class _NumpyInTorch(torch.autograd.Function):
         return tuple(_to_tensor(np.array(result)) for result in call(*map(_to_numpy, tensors)))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call, backend = ctx.call, ctx.call.backend
         if not hasattr(backend, "gradients"):

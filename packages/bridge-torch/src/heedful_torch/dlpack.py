@@ -35,6 +35,7 @@ import jax
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
+from torch.utils.dlpack import from_dlpack
 
 __all__ = [
     "CopyWarning",
@@ -96,7 +97,9 @@ def to_jax(tensor: torch.Tensor, *, copy: bool | None = False) -> jax.Array:
         tensor = _fresh(tensor)
     # torch exports only from its current CUDA device; JAX hands over the stream that has to wait.
     current = (
-        torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+        torch.cuda.device(tensor.device)
+        if tensor.device.type == "cuda"
+        else contextlib.nullcontext()
     )
     with current:
         # copy=True would promise nothing: jax 0.10.2 shares aligned row-major CPU memory all the same.
@@ -133,7 +136,7 @@ def adopt(array: jax.Array) -> torch.Tensor:
     _refuse_array_without_counterpart(array)
     if platform_of(array) == "cpu":
         array.block_until_ready()
-    return torch.from_dlpack(array)
+    return from_dlpack(array)
 
 
 @contextlib.contextmanager
@@ -146,7 +149,7 @@ def lent(*buffers: Any) -> Iterator[tuple[torch.Tensor, ...]]:
     must not be used after the block.
     """
     with torch.inference_mode(False):  # inference tensors have no version counter
-        tensors = tuple(torch.from_dlpack(buffer) for buffer in buffers)
+        tensors = tuple(from_dlpack(buffer) for buffer in buffers)
     before = [tensor._version for tensor in tensors]
     yield tensors
     written = [i for i, tensor in enumerate(tensors) if tensor._version != before[i]]
@@ -196,13 +199,13 @@ class ReadOnlyTensor(torch.Tensor):
         result = func(*args, **kwargs)
         return tree_map_only(torch.Tensor, cls, result) if is_view else result
 
-    def numpy(self, *, force: bool = False) -> np.ndarray:  # type: ignore[override]
+    def numpy(self, *, force: bool = False) -> np.ndarray:
         """The same memory as a NumPy array whose ``writeable`` flag is off."""
         view = self._plain.numpy(force=force)
         view.flags.writeable = False
         return view
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # type: ignore[override]
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         view = self.numpy()
         if dtype is not None and view.dtype != dtype:
             return view.astype(dtype)
@@ -257,7 +260,10 @@ def _refuse_tensor_without_counterpart(tensor: torch.Tensor) -> None:
         raise TypeError(f"to_jax: expected a tensor that JAX can hold. Got {what}. {mend}")
 
     kind = type(tensor)
-    if kind is not ReadOnlyTensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if (
+        kind is not ReadOnlyTensor
+        and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    ):
         refuse(
             f"a {kind.__name__}, which is not plain memory",
             "Pass the tensor inside it, outside torch.compile.",
@@ -286,10 +292,13 @@ def _refuse_tensor_without_counterpart(tensor: torch.Tensor) -> None:
             'Call jax.config.update("jax_enable_x64", True), use `with jax.enable_x64(True):`, '
             "or cast it yourself.",
         )
-    platform = {"cpu": "cpu", "cuda": "rocm" if torch.version.hip else "cuda"}.get(tensor.device.type)
+    platform = {"cpu": "cpu", "cuda": "rocm" if torch.version.hip else "cuda"}.get(
+        tensor.device.type
+    )
     if platform is None:
         refuse(
-            f"a tensor on the device {tensor.device}", "Move it yourself: tensor.cpu() or tensor.cuda()."
+            f"a tensor on the device {tensor.device}",
+            "Move it yourself: tensor.cpu() or tensor.cuda().",
         )
     try:
         jax.devices(platform)
@@ -304,7 +313,7 @@ def _refuse_array_without_counterpart(array: jax.Array) -> None:
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
             f"to_torch: expected an array with values. Got {array}, which is being traced by jit, "
-            "grad or vmap. Run torch inside JAX transformations with heedful_torch.autograd.torch_in_jax."
+            "grad or vmap. Run torch inside JAX with heedful_torch.autograd.torch_in_jax."
         )
     if not isinstance(array, jax.Array):
         raise TypeError(f"to_torch: expected a jax.Array. Got {type(array).__name__}.")

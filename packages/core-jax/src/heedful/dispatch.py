@@ -245,7 +245,9 @@ def _automatic(problem: Problem) -> list[str]:
     for framework in SEARCH[problem.framework]:
         native = [_backend(name) for name in _names() if name.startswith(f"{framework}:")]
         ranked = {b.name: getattr(b, "automatic", None) for b in native}
-        names += sorted((n for n, rank in ranked.items() if rank is not None), key=ranked.__getitem__)
+        names += sorted(
+            (n for n, rank in ranked.items() if rank is not None), key=ranked.__getitem__
+        )
     return names
 
 

@@ -1,11 +1,12 @@
 """NumPy arrays on JAX backends, and JAX arrays on NumPy backends.
 
-The first way is easy: NumPy records no derivatives, so a call is carried over, computed and copied back.
+The first way is easy: NumPy records no derivatives, so a call is carried over, computed and copied
+back.
 
-The second has to work inside JAX's transformations. A NumPy backend's `run` and `gradients` become the two
-halves of a `jax.custom_vjp`, each a callback on XLA's own buffers. `jax.pure_callback` would be the usual
-way, but it makes JAX arrays inside the callback, which waits for a thread of XLA's while holding one: on a
-single core it hangs for ever from about a million elements on (jax-ml/jax#24255).
+The second has to work inside JAX's transformations. A NumPy backend's `run` and `gradients` become
+the two halves of a `jax.custom_vjp`, each a callback on XLA's own buffers. `jax.pure_callback` would
+be the usual way, but it makes JAX arrays inside the callback, and so waits for a thread of XLA's while
+holding one: on a single core it hangs from about a million elements on (as in jax-ml/jax#24255).
 """
 
 from collections.abc import Callable, Sequence
@@ -96,7 +97,7 @@ def _run_and_remember(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _gradients_in_numpy(
-    backend: "Backend",
+    backend: Any,  # a Backend with Gradients
     problem: Problem,
     operands: Operands,
     cotangents: tuple[jax.Array, jax.Array | None],
@@ -111,8 +112,8 @@ def _gradients_in_numpy(
 
     differentiable = (operands.q, operands.k, operands.v, operands.bias)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), differentiable)
-    found = _on_host(f"{backend.name}.gradients", gradients, shapes, operands, cotangents)
-    dq, dk, dv, dbias = found
+    name = f"{backend.name}.gradients"
+    dq, dk, dv, dbias = _on_host(name, gradients, shapes, operands, cotangents)
     return (Operands(dq, dk, dv, bias=dbias),)
 
 

@@ -1,12 +1,12 @@
 """Attention and its gradients in float64 NumPy: the judge of every backend, written to be read.
 
-One key head at a time. Its keys are one matrix, the queries of all heads that read it are stacked into
-another, and so everything in between is the contract (the docstring of `heedful.Problem`) on plain
-matrices: a row for each query i, a column for each key j.
+One key head at a time. Its keys are one matrix, the queries of all heads that read it are stacked
+into another, and so everything in between is the contract (the docstring of `heedful.Problem`) on
+plain matrices: a row for each query i, a column for each key j.
 
-Two rules run through it. What a query does not see takes no part in its arithmetic at all, not even as
-zero times NaN: `_sum_over_seen`. And a NaN or an infinity that a query does see spreads as floating point
-has it, silently: that is the caller's arithmetic, nothing to warn of here.
+Two rules run through it. What a query does not see takes no part in its arithmetic at all, not even
+as zero times NaN. And a NaN or an infinity that a query does see spreads as floating point has it,
+silently: that is the caller's arithmetic, nothing to warn of here.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,10 @@ import numpy as np
 from heedful.problem import Array, Operands, Problem
 from heedful.visibility import visible
 
+_silently = np.errstate(invalid="ignore", over="ignore")
 
+
+@_silently
 def forward(problem: Problem, operands: Operands) -> tuple[np.ndarray, np.ndarray]:
     """out and lse.
 
@@ -37,6 +40,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[np.ndarray, np.ndarra
     return out.reshape(*_queries(problem), problem.value_dim), lse.reshape(_queries(problem))
 
 
+@_silently
 def gradients(
     problem: Problem, operands: Operands, out_cotangent: Array, lse_cotangent: Array
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
@@ -51,19 +55,19 @@ def gradients(
     Returns:
         dq, dk, dv and dbias, float64, shaped like q, k, v and bias; dbias is None where bias is.
     """
-    batch, kv_heads, rows = stack = _stack(problem)
+    stack = _stack(problem)
     dout = _float64(out_cotangent).reshape(*stack, problem.value_dim)
     dlse = _float64(lse_cotangent).reshape(*stack)
 
     dq = np.zeros((*stack, problem.head_dim))
-    dk = np.zeros((batch, kv_heads, problem.kv_length, problem.head_dim))
-    dv = np.zeros((batch, kv_heads, problem.kv_length, problem.value_dim))
+    dk = np.zeros(operands.k.shape)
+    dv = np.zeros(operands.v.shape)
     dbias = None if operands.bias is None else np.zeros((*stack, problem.kv_length))
 
     for at, head in _heads(problem, operands):
         weights, _, slope = _softmax(problem, head)
         dv[at] = _sum_over_seen(weights.T, head.seen.T, dout[at])
-        dweights = np.where(head.seen, _product(dout[at], head.v.T), 0)
+        dweights = np.where(head.seen, dout[at] @ head.v.T, 0)
         dscores = _softmax_gradient(head.seen, weights, dweights, dlse[at])
         if dbias is not None:
             dbias[at] = dscores
@@ -73,23 +77,16 @@ def gradients(
 
     dq = dq.reshape(*_queries(problem), problem.head_dim)
     if dbias is not None:
-        dbias = _sum_to(dbias.reshape(*_queries(problem), problem.kv_length), operands.bias.shape)
+        dbias = dbias.reshape(*_queries(problem), problem.kv_length)
+        dbias = _sum_over_broadcast(dbias, operands.bias)
     return dq, dk, dv, dbias
 
 
 # The algebra, on matrices
 
-_as_floats_have_it = np.errstate(invalid="ignore", over="ignore")
 
-
-@_as_floats_have_it
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a @ b
-
-
-@_as_floats_have_it
 def _sum_over_seen(weights: np.ndarray, seen: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Row i is Σ_j weights_ij x_j over those j that `seen` pairs with i, wherever x_j is NaN or inf."""
+    """Row i is Σ_j weights_ij x_j over the j that it sees, whatever the other x_j hold."""
     finite = np.isfinite(x)
     total = weights @ np.where(finite, x, 0)
     for j in np.flatnonzero(~finite.all(axis=1) & seen.any(axis=0)):
@@ -98,10 +95,9 @@ def _sum_over_seen(weights: np.ndarray, seen: np.ndarray, x: np.ndarray) -> np.n
     return total
 
 
-@_as_floats_have_it
 def _softmax(problem: Problem, head: "_Head") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The weights p_ij, lse_i, and the slope of the softcap at each score."""
-    scores = problem.scale * _product(head.q, head.k.T)
+    scores = problem.scale * (head.q @ head.k.T)
     slope = np.ones_like(scores)
     if problem.softcap is not None:
         tanh = np.tanh(scores / problem.softcap)
@@ -120,7 +116,6 @@ def _softmax(problem: Problem, head: "_Head") -> tuple[np.ndarray, np.ndarray, n
     return weights, lse[:, 0], slope
 
 
-@_as_floats_have_it
 def _softmax_gradient(
     seen: np.ndarray, weights: np.ndarray, dweights: np.ndarray, dlse: np.ndarray
 ) -> np.ndarray:
@@ -169,7 +164,7 @@ def _heads(problem: Problem, operands: Operands) -> Iterator[tuple[tuple[int, in
 
 
 def _visible(problem: Problem, operands: Operands) -> np.ndarray:
-    # A length may come as a narrow or an unsigned integer, in which kv_length − q_length would wrap.
+    # A length may come as a narrow or an unsigned integer: kv_length − q_length would wrap in it.
     wide = {
         name: None if (x := getattr(operands, name)) is None else np.asarray(x, np.int64)
         for name in ("q_lengths", "kv_lengths", "q_offset")
@@ -183,7 +178,7 @@ def _float64(x: Array) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
-def _sum_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Sums over the axes along which an array of `shape` was broadcast."""
-    axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
-    return x.sum(axis=axes, keepdims=True)
+def _sum_over_broadcast(dscores: np.ndarray, bias: Array) -> np.ndarray:
+    """Sums over the axes along which the bias was broadcast."""
+    axes = tuple(axis for axis, size in enumerate(bias.shape) if size == 1)
+    return dscores.sum(axis=axes, keepdims=True)

@@ -1,11 +1,11 @@
 """Attention as the formula stands, in JAX: the whole score matrix, and JAX's own derivatives of it.
 
-Everything is computed in the accumulator dtype, so half-precision inputs are rounded on the way in and on
-the way out and nowhere between: this is the error that other backends are compared with. (On a CPU it is
+Everything is computed in the accumulator dtype, so half precision rounds on the way in and on the
+way out and nowhere between: this is the error that other backends are compared with. (On a CPU it is
 also faster: XLA's own bfloat16 product is slow there.)
 
-JAX differentiates `where` by multiplying what was not chosen with zero, and zero times NaN is NaN. So
-whatever could be NaN or infinite where nobody sees it is replaced before the arithmetic as well as after.
+The derivative of what `where` did not choose is zero times a slope, and zero times NaN is NaN. So
+what nobody sees is replaced before the arithmetic, and not only after it.
 """
 
 import jax
@@ -19,8 +19,8 @@ from heedful.visibility import visible
 def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """out (B, Hq, Sq, Dv) in the problem's dtype and lse (B, Hq, Sq) in its accumulator dtype.
 
-    Differentiable in q, k, v and bias, forwards and backwards, to any order. Keys that no query of their
-    head sees, and queries that see no key, may hold NaN and infinity; elsewhere those spread.
+    Differentiable in q, k, v and bias, forwards and backwards, to any order. Keys that no query of
+    their head sees, and queries that see no key, may hold NaN and infinity; elsewhere those spread.
     """
     scores_shape = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
     grouped = (problem.batch, problem.kv_heads, problem.group)

@@ -310,7 +310,7 @@ class Problem:
 
 
 def framework_of(x: Array) -> str | None:
-    """ "numpy", "jax" (tracers and ShapeDtypeStruct too), "torch", or None for anything else."""
+    """Whose array: "numpy", "jax" (tracers and ShapeDtypeStruct too), "torch"; None for no array."""
     if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return "jax"
     if isinstance(x, np.ndarray):
@@ -326,7 +326,7 @@ def dtype_of(x: Array) -> str:
 
 
 def platform_of(x: Array) -> str:
-    """ "cpu", "gpu" or "tpu"; a JAX tracer has no place of its own and takes JAX's default."""
+    """Where it lies: "cpu", "gpu" or "tpu"; a JAX tracer has no place yet and takes JAX's default."""
     match framework_of(x):
         case "jax" if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
             return next(iter(x.devices())).platform
@@ -424,7 +424,11 @@ def _check_shapes(q: Array, k: Array, v: Array, layout: str) -> dict[str, Any]:
     got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     rank = len(shapes["q"])
     if rank < 2 or len({len(s) for s in shapes.values()}) > 1:
-        forms = "(S, D), (H, S, D) or (B, H, S, D)" if layout == "bhsd" else "(S, D), (S, H, D) or (B, S, H, D)"
+        forms = (
+            "(S, D), (H, S, D) or (B, H, S, D)"
+            if layout == "bhsd"
+            else "(S, D), (S, H, D) or (B, S, H, D)"
+        )
         raise ValueError(
             f"q, k and v must have the same rank, at least 2: {forms}. Got {got}. "
             "Add the missing axes: they are never guessed."
@@ -568,7 +572,9 @@ def _check_window(window: Any) -> tuple[int | None, int | None] | None:
 
 
 def _check_offset(q_offset: Any, lead: tuple[int, ...]) -> None:
-    if q_offset is None or (isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool)):
+    if q_offset is None or (
+        isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool)
+    ):
         return
     if isinstance(q_offset, bool) or not dtype_of(q_offset).startswith("int"):
         kind = "bool" if isinstance(q_offset, bool) else dtype_of(q_offset)
@@ -594,7 +600,11 @@ def _check_number(name: str, value: Any, default: float) -> float:
 def _check_softcap(softcap: Any) -> float | None:
     if softcap is None:
         return None
-    if not isinstance(softcap, numbers.Real) or isinstance(softcap, bool) or not 0 < softcap < math.inf:
+    if (
+        not isinstance(softcap, numbers.Real)
+        or isinstance(softcap, bool)
+        or not 0 < softcap < math.inf
+    ):
         raise ValueError(
             f"softcap must be a positive Python number. Got {softcap!r}. For no softcap pass None."
         )

@@ -102,7 +102,7 @@ def score_mask(problem: Problem, operands: Operands, place: Span, dtype: torch.d
     visibility = visible(
         problem,
         operands._replace(
-            mask=_cut(operands.mask, place),
+            mask=None if operands.mask is None else _cut(operands.mask, place),
             # in int64: the difference of two unsigned lengths would wrap around
             q_lengths=_int64(operands.q_lengths),
             kv_lengths=_int64(operands.kv_lengths),
@@ -130,9 +130,7 @@ def score_mask(problem: Problem, operands: Operands, place: Span, dtype: torch.d
     return ScoreMask(additive.contiguous(), sees, seen)
 
 
-def _cut(x: Tensor | None, place: Span) -> Tensor | None:
-    if x is None:
-        return None
+def _cut(x: Tensor, place: Span) -> Tensor:
     if x.shape[2] > 1:
         x = x[:, :, place.rows.start : place.rows.stop]
     return x[..., place.columns.start : place.columns.stop] if x.shape[3] > 1 else x

@@ -24,10 +24,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from heedful.problem import Operands, Problem
 from heedful_torch.backends.score_mask import masking, score_mask, span
+from heedful_torch.first_order import first_order
 
 # (q, k, v, additive mask or None, causal, scale)
 # → out, lse or None, the tensors that the backward pass needs besides
@@ -52,7 +52,7 @@ class Kernel:
         equal_head_sizes: whether V must have the head size of Q and K.
         grouped: whether K and V may have fewer heads than Q.
         largest_head: the largest head size, padding included.
-        full_above: head sizes above this one are padded to `largest_head`.
+        widened: head sizes above the first of these two, up to the second, are padded to the second.
     """
 
     forward: Forward
@@ -64,13 +64,13 @@ class Kernel:
     equal_head_sizes: bool = False
     grouped: bool = False
     largest_head: int | None = None
-    full_above: int | None = None
+    widened: tuple[int, int] = (0, 0)
 
     def padded(self, size: int) -> int:
         """The head size that the kernel is given for a head size of the problem."""
-        if self.full_above is not None and self.largest_head is not None:
-            if self.full_above < size <= self.largest_head:
-                return self.largest_head
+        above, wide = self.widened
+        if above < size <= wide:
+            return wide
         return -(-size // self.alignment) * self.alignment
 
     def flagged(self, problem: Problem) -> bool:
@@ -195,12 +195,10 @@ def _on_padded_heads(
         for x, size in ((q, head), (k, head), (v, value_head))
     )
     lse: Tensor | None
-    # Autocast would have the math kernel's products made in bfloat16.
-    with torch.autocast(q.device.type, enabled=False):
-        if kernel.backward is None:
-            out, lse, _ = kernel.forward(*qkv, mask, causal, scale)
-        else:
-            out, lse = _Fused.apply(kernel, causal, scale, *qkv, mask)  # type: ignore[no-untyped-call]
+    if kernel.backward is None:
+        out, lse, _ = kernel.forward(*qkv, mask, causal, scale)
+    else:
+        out, lse = _Fused.apply(kernel, causal, scale, *qkv, mask)  # type: ignore[no-untyped-call]
     return out[..., : v.shape[-1]], lse
 
 
@@ -249,7 +247,7 @@ class _Fused(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         kernel, causal, scale = ctx.kernel, ctx.causal, ctx.scale
         q, k, v, mask, out, *kept = ctx.saved_tensors
@@ -262,7 +260,8 @@ class _Fused(torch.autograd.Function):
             dout = torch.zeros_like(out)
         dmask = None
         if wanted and not kernel.mask_gradient:
-            dmask, wanted = _mask_gradient(dout, dlse, q, k, v, mask, scale), False
+            with torch.autocast(q.device.type, enabled=False):
+                dmask, wanted = _mask_gradient(dout, dlse, q, k, v, mask, scale), False
         if dlse is not None:
             dout, q, k, v, out = _with_lse_cotangent(kernel, dlse, dout, q, k, v, out)
         dout, out = _laid_out(dout, kernel.alignment), _laid_out(out, kernel.alignment)
@@ -293,7 +292,7 @@ def _with_lse_cotangent(
     """
     count, factor = 1, torch.ones_like(dlse)
     if out.dtype in (torch.float16, torch.bfloat16):
-        count, factor = LSE_COLUMNS, torch.ldexp(factor, torch.frexp(dlse).exponent.clamp(-14, 15))
+        count, factor = LSE_COLUMNS, torch.ldexp(factor, torch.frexp(dlse).exponent.clamp(-24, 15))
     rest, columns = -dlse / factor, []
     for _ in range(count):
         columns.append(rest.to(out.dtype))

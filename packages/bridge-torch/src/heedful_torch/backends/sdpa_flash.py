@@ -88,7 +88,7 @@ CUDA = Kernel(
     equal_head_sizes=True,
     grouped=True,
     largest_head=256,
-    full_above=192,  # consumer GPUs lack the backward pass for 193 to 224, but not for 256
+    widened=(192, 256),  # consumer GPUs lack the backward pass for 193 to 224, but not for 256
 )
 
 

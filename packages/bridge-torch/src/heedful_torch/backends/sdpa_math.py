@@ -13,10 +13,12 @@ from heedful_torch.backends.sdpa import Kernel, attend, limits
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, None, tuple[()]]:
-    # Made of ordinary operations, which torch differentiates in all of q, k, v and the mask.
-    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
-        q, k, v, mask, 0.0, False, None, scale=scale
-    )
+    # Made of ordinary operations: torch differentiates them in q, k, v and the mask, and autocast
+    # would round them.
+    with torch.autocast(q.device.type, enabled=False):
+        out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+            q, k, v, mask, 0.0, False, None, scale=scale
+        )
     return out, None, ()
 
 

@@ -8,14 +8,68 @@ A kernel's author registers the kernel, and holds it to the contract in a test:
     def test_my_kernel():
         heedful.register(MyKernel())  # its name is "torch:mine"
         report = crosscheck(["torch:mine"])
-        assert report.agree, report
+        assert report.agree, str(report)
 
-What it refuses is no failure, and is listed by `report.refusals`. `python -m pytest` then prints the
-whole table where it fails. On the command line the same is
+A case that it refuses is no failure; `report.refusals` lists them. On the command line the same is
 
     heedful crosscheck --import my_package.kernel --backend torch:mine
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Sequence
 
 import heedful
+
+from heedful_torch.crosscheck.cases import Case, InputError, everything, load, select
+from heedful_torch.crosscheck.report import WIDTH, Report
+from heedful_torch.crosscheck.run import DTYPES, Failure, Outcome, Progress, collect_outcomes
+
+__all__ = ["Case", "Failure", "InputError", "Outcome", "Report", "WIDTH", "crosscheck", "load"]
+
+
+def crosscheck(
+    backends: Sequence[str] | None = None,
+    cases: Sequence[Case | str] | None = None,
+    dtypes: Sequence[str] = ("float32", "bfloat16", "float16"),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Runs backends over cases and judges what comes out, as `tolerance.py` describes.
+
+    Args:
+        backends: names; None for all that are installed or registered.
+        cases: of `load`, or names and groups of the generated cases and the packaged activations,
+            `*` and `?` allowed; None for all of those.
+        dtypes: of "float64", "float32", "float16" and "bfloat16".
+        seed: of the generated inputs and of all cotangents.
+        progress: called with (done, total, what comes next).
+
+    Returns:
+        the report; `agree` is its verdict, and `str` of it the table.
+
+    Raises:
+        ValueError: an unknown backend, case or dtype.
+    """
+    chosen = _chosen_backends(backends)
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtypes must be of {', '.join(DTYPES)}. Got {dtype!r}.")
+    started = time.perf_counter()
+    outcomes = collect_outcomes(chosen, _chosen_cases(cases), dtypes, seed, progress)
+    return Report(tuple(outcomes), seed, time.perf_counter() - started)
+
+
+def _chosen_backends(names: Sequence[str] | None) -> list[str]:
+    known = heedful.backends()
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"no backend is named {name!r}. There are {', '.join(known)}.")
+    return list(known if names is None else dict.fromkeys(names))
+
+
+def _chosen_cases(cases: Sequence[Case | str] | None) -> list[Case]:
+    if cases is None:
+        return list(everything())
+    patterns = [case for case in cases if isinstance(case, str)]
+    given = [case for case in cases if not isinstance(case, str)]
+    return [*(select(patterns, everything()) if patterns else ()), *given]

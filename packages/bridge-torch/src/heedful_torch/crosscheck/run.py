@@ -69,7 +69,7 @@ class Outcome:
         return "refused" if self.reasons else "disagree" if self.failures else "agree"
 
 
-def run(
+def collect_outcomes(
     backends: Sequence[str],
     cases: Sequence[Case],
     dtypes: Sequence[str],

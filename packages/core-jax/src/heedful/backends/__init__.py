@@ -1,0 +1,1 @@
+"""The backends of core, one file each."""

@@ -7,7 +7,7 @@ from heedful.problem import Array, Operands, Problem
 
 
 class OracleBackend:
-    """Takes every problem. Slow: it is there to judge the others, and to run where nothing else does."""
+    """Takes every problem. Slow: it is there to judge the others."""
 
     name = "numpy:oracle"
     automatic = 0
@@ -25,7 +25,7 @@ class OracleBackend:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         dq, dk, dv, dbias = oracle.gradients(problem, operands, out_cotangent, lse_cotangent)
         dtype = problem.dtype
-        if dbias is not None:
+        if dbias is not None and problem.bias_dtype is not None:
             dbias = _rounded(dbias, problem.bias_dtype)
         return _rounded(dq, dtype), _rounded(dk, dtype), _rounded(dv, dtype), dbias
 

@@ -26,6 +26,7 @@ from jax.interpreters import ad, batching, mlir
 from heedful.flash.cotangent import cotangent
 from heedful.flash.forward import forward
 from heedful.flash.tangent import tangent
+from heedful.flash.tiles import Tiles
 from heedful.problem import Array, Operands, Problem
 
 # Names for `jax.checkpoint` policies such as `save_only_these_names(*RESIDUALS)`: with both saved, the
@@ -33,14 +34,17 @@ from heedful.problem import Array, Operands, Problem
 RESIDUALS = ("heedful_out", "heedful_lse")
 
 
-def flash(problem: Problem, operands: Operands) -> tuple[Array, Array]:
-    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable in q, k, v and bias."""
+def flash(problem: Problem, operands: Operands, tiles: Tiles | None = None) -> tuple[Array, Array]:
+    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable in q, k, v and bias.
+
+    Without `tiles`, `tile_sizes` chooses them.
+    """
     if 0 in (problem.batch, problem.q_length, problem.kv_length):
         rows = (problem.batch, problem.q_heads, problem.q_length)
         out = jnp.zeros((*rows, problem.value_dim), problem.dtype)
         return out, jnp.full(rows, -jnp.inf, problem.accumulator)
     leaves, tree = jax.tree.flatten(operands)
-    out, lse = forward_p.bind(*leaves, problem=problem, tree=tree)
+    out, lse = forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles)
     return out, lse
 
 
@@ -48,33 +52,27 @@ def flash(problem: Problem, operands: Operands) -> tuple[Array, Array]:
 # and lse; then cotangents. Tangents stand before all of these.
 
 
-def _forward(*leaves: Array, problem: Problem, tree: Any, every_tile: bool = False) -> list[Array]:
-    return list(forward(problem, jax.tree.unflatten(tree, leaves), every_tile=every_tile))
+def _forward(*leaves: Array, tree: Any, **options: Any) -> list[Array]:
+    return list(forward(operands=jax.tree.unflatten(tree, leaves), **options))
 
 
-def _tangent(
-    *flat: Array, problem: Problem, tree: Any, of_bias: bool, every_tile: bool = False
-) -> list[Array]:
+def _tangent(*flat: Array, tree: Any, of_bias: bool, **options: Any) -> list[Array]:
     moving, (*leaves, out, lse) = flat[: 3 + of_bias], flat[3 + of_bias :]
     tangents = moving if of_bias else (*moving, None)
     operands = jax.tree.unflatten(tree, leaves)
-    return list(tangent(problem, operands, out, lse, tangents, every_tile=every_tile))
+    return list(tangent(operands=operands, out=out, lse=lse, tangents=tangents, **options))
 
 
-def _cotangent(
-    *flat: Array, problem: Problem, tree: Any, of_bias: bool, every_tile: bool = False
-) -> list[Array]:
+def _cotangent(*flat: Array, tree: Any, **options: Any) -> list[Array]:
     *leaves, out, lse, d_out, d_lse = flat
     operands = jax.tree.unflatten(tree, leaves)
     gradients = cotangent(
-        problem, operands, out, lse, d_out, d_lse, of_bias=of_bias, every_tile=every_tile
+        operands=operands, out=out, lse=lse, out_cotangent=d_out, lse_cotangent=d_lse, **options
     )
     return list(gradients)
 
 
-def _primitive(
-    name: str, implementation: Callable[..., list[Array]], params: tuple[str, ...]
-) -> Primitive:
+def _primitive(name: str, implementation: Callable[..., list[Array]], *params: str) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(jax.jit(implementation, static_argnames=params))
@@ -88,40 +86,34 @@ def _primitive(
     return primitive
 
 
-forward_p = _primitive("heedful_forward", _forward, ("problem", "tree"))
-tangent_p = _primitive("heedful_tangent", _tangent, ("problem", "tree", "of_bias"))
-cotangent_p = _primitive("heedful_cotangent", _cotangent, ("problem", "tree", "of_bias"))
+forward_p = _primitive("heedful_forward", _forward, "problem", "tree", "tiles")
+tangent_p = _primitive("heedful_tangent", _tangent, "problem", "tree", "tiles", "of_bias")
+cotangent_p = _primitive("heedful_cotangent", _cotangent, "problem", "tree", "tiles", "of_bias")
 
 
 # Differentiation
 
 
 def _jvp_of_forward(
-    primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+    primals: Sequence[Array], tangents: Sequence[Any], **params: Any
 ) -> tuple[list[Array], list[Array]]:
-    out, lse = forward_p.bind(*primals, problem=problem, tree=tree)
+    out, lse = forward_p.bind(*primals, **params)
     # Named here, before the tangent rule reads them: a name put on later would not be the residual's.
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUALS, strict=True))
-    named = jax.tree.unflatten(tree, tangents)
+    named = jax.tree.unflatten(params["tree"], tangents)
     moving = [ad.instantiate_zeros(t) for t in (named.q, named.k, named.v)]
     of_bias = named.bias is not None and not isinstance(named.bias, ad.Zero)
     if of_bias:
         moving.append(named.bias)
-    moved = tangent_p.bind(*moving, *primals, out, lse, problem=problem, tree=tree, of_bias=of_bias)
-    return [out, lse], moved
+    return [out, lse], tangent_p.bind(*moving, *primals, out, lse, of_bias=of_bias, **params)
 
 
 def _transpose_of_tangent(
-    cotangents: Sequence[Any], *flat: Any, problem: Problem, tree: Any, of_bias: bool
+    cotangents: Sequence[Any], *flat: Any, of_bias: bool, **params: Any
 ) -> list[Array | None]:
     moving, fixed = flat[: 3 + of_bias], flat[3 + of_bias :]
-    gradients = cotangent_p.bind(
-        *fixed,
-        *(ad.instantiate_zeros(ct) for ct in cotangents),
-        problem=problem,
-        tree=tree,
-        of_bias=of_bias,
-    )
+    given = [ad.instantiate_zeros(ct) for ct in cotangents]
+    gradients = cotangent_p.bind(*fixed, *given, of_bias=of_bias, **params)
     asked = [ad.is_undefined_primal(x) for x in moving]
     wanted = [g if ask else None for g, ask in zip(gradients, asked, strict=True)]
     return [*wanted, *[None] * len(fixed)]
@@ -181,11 +173,12 @@ def _vmap(
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
     of_bias = params.get("of_bias", False)
     tangents = 3 + of_bias if primitive is tangent_p else 0
-    names = [name for name, x in zip(Operands._fields, _positions(tree), strict=True) if x is not None]
-    broadcast = {"mask", "bias", "q_lengths", "kv_lengths", "q_offset"} - ({"bias"} if of_bias else set())
+    places = jax.tree.unflatten(tree, range(tree.num_leaves))
+    names = [name for name, x in zip(Operands._fields, places, strict=True) if x is not None]
+    may_stay = {"mask", "q_lengths", "kv_lengths", "q_offset"} | (set() if of_bias else {"bias"})
     whole = [True] * len(args)
     for n, name in enumerate(names, start=tangents):
-        whole[n] = name not in broadcast
+        whole[n] = name not in may_stay
     folded = [
         _fold(x, axis, size, problem.batch, w) for x, axis, w in zip(args, axes, whole, strict=True)
     ]
@@ -200,10 +193,6 @@ def _vmap(
         if rows == 1:  # the rows of a batch share one bias, so it gets their sum
             results[3] = results[3].sum(axis=1, keepdims=True)
     return results, [0] * len(results)
-
-
-def _positions(tree: Any) -> Operands:
-    return jax.tree.unflatten(tree, range(tree.num_leaves))
 
 
 for _p in (forward_p, tangent_p, cotangent_p):

@@ -16,7 +16,17 @@ from heedful.flash.scores import (
     weigh,
     widen,
 )
-from heedful.flash.tiles import count, cut, join, over_heads, queries_seen, start, tile_sizes, visit
+from heedful.flash.tiles import (
+    Tiles,
+    count,
+    cut,
+    join,
+    over_heads,
+    queries_seen,
+    start,
+    tile_sizes,
+    visit,
+)
 from heedful.problem import Array, Operands, Problem
 
 
@@ -29,6 +39,7 @@ def cotangent(
     lse_cotangent: Array,
     *,
     of_bias: bool = False,
+    tiles: Tiles | None = None,
     every_tile: bool = False,
 ) -> tuple[Array, ...]:
     """(dq, dk, dv), and dbias where `of_bias`: what out's and lse's cotangents make of the inputs'.
@@ -37,7 +48,7 @@ def cotangent(
     dS = P ∘ (dP − D + dlse); it is taken off D before the loops. The loops are exchanged against the
     paper: keys outside, so that dk and dv stay in the tile and only dq is updated in memory.
     """
-    tiles = tile_sizes(problem)
+    tiles = tiles or tile_sizes(problem)
     query_tiles = count(problem.q_length, tiles.queries)
     key_tiles = count(problem.kv_length, tiles.keys)
     accumulator = problem.accumulator

@@ -4,18 +4,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from heedful.flash.scores import clean, keys_of, queries_of, tile_of_scores, weigh, widen
-from heedful.flash.tiles import count, join, keys_seen, over_heads, start, tile_sizes, visit
+from heedful.flash.tiles import (
+    Tiles,
+    count,
+    join,
+    keys_seen,
+    over_heads,
+    start,
+    tile_sizes,
+    visit,
+)
 from heedful.problem import Array, Operands, Problem
 
 
 def forward(
-    problem: Problem, operands: Operands, *, every_tile: bool = False
+    problem: Problem, operands: Operands, *, tiles: Tiles | None = None, every_tile: bool = False
 ) -> tuple[Array, Array]:
     """out (B, Hq, Sq, Dv) in the problem's dtype and lse (B, Hq, Sq) in its accumulator.
 
-    `every_tile` visits tiles nobody sees too, in loops of a fixed length (see `tiles.visit`).
+    `tiles` are this problem's own by default; `every_tile` visits those that nobody sees too, in loops
+    of a fixed length (see `tiles.visit`).
     """
-    tiles = tile_sizes(problem)
+    tiles = tiles or tile_sizes(problem)
     query_tiles = count(problem.q_length, tiles.queries)
     key_tiles = count(problem.kv_length, tiles.keys)
     smallest = jnp.finfo(problem.accumulator).min
@@ -43,15 +53,15 @@ def forward(
             m = jnp.full(rows, smallest, problem.accumulator)
             l = jnp.zeros(rows, problem.accumulator)
             out = jnp.zeros((*rows, problem.value_dim), problem.accumulator)
-            seen = keys_seen(
-                problem, operands, tiles, start(i, problem.q_length, tiles.queries)
-            )
+            seen = keys_seen(problem, operands, tiles, start(i, problem.q_length, tiles.queries))
             m, l, out = visit(seen, step, (m, l, out), every=key_tiles if every_tile else None)
 
             empty = l == 0
             total = jnp.where(empty, 1, l)
             out = out / total[..., None]
-            lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))  # line 13 keeps m and l; we, their sum
+            lse = jnp.where(
+                empty, -jnp.inf, m + jnp.log(total)
+            )  # line 13 keeps m and l; we, their sum
             return out.astype(problem.dtype), lse
 
         out, lse = lax.map(query_tile, jnp.arange(query_tiles))

@@ -1,8 +1,12 @@
 """The tangent of the forward pass, tile by tile: what forward mode asks for, and the twin of cotangent.
 
-Differentiating out = P V and lse = log Σ exp(s) along (q̇, k̇, v̇, bias̄) gives, with ṡ the tangent of the
-scores, l̇se_i = Σ_j p_ij ṡ_ij and ȯut_i = Σ_j p_ij (ṡ_ij v_j + v̇_j) − l̇se_i out_i. The statistics saved by
-the forward pass make p without a second softmax, as in Algorithm 4 of Dao et al. 2022.
+With s' the tangent of the scores along those of q, k, v and bias, out = P V and lse = log Σ exp(s) give
+
+    lse'_i = Σ_j p_ij s'_ij
+    out'_i = Σ_j p_ij (s'_ij v_j + v'_j) − lse'_i out_i
+
+The statistics saved by the forward pass make p without a second softmax, as in Algorithm 4 of Dao et
+al. 2022.
 """
 
 from typing import Any
@@ -20,7 +24,16 @@ from heedful.flash.scores import (
     weigh,
     widen,
 )
-from heedful.flash.tiles import count, join, keys_seen, over_heads, start, tile_sizes, visit
+from heedful.flash.tiles import (
+    Tiles,
+    count,
+    join,
+    keys_seen,
+    over_heads,
+    start,
+    tile_sizes,
+    visit,
+)
 from heedful.problem import Array, Operands, Problem
 
 
@@ -31,10 +44,11 @@ def tangent(
     lse: Array,
     tangents: tuple[Array, Array, Array, Array | None],
     *,
+    tiles: Tiles | None = None,
     every_tile: bool = False,
 ) -> tuple[Array, Array]:
     """The tangents of out and lse along `tangents` of q, k, v and bias (None: bias stands still)."""
-    tiles = tile_sizes(problem)
+    tiles = tiles or tile_sizes(problem)
     query_tiles = count(problem.q_length, tiles.queries)
     key_tiles = count(problem.kv_length, tiles.keys)
     accumulator = problem.accumulator

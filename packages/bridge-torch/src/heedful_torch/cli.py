@@ -1,0 +1,134 @@
+"""`heedful …` on the command line."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from heedful_torch.crosscheck import Report
+
+AGREE, DISAGREE, COULD_NOT_RUN = 0, 1, 2
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _heedful() -> None:
+    """One attention call, any array, any backend, and proof that they agree."""
+
+
+@app.command()
+def crosscheck(
+    backend: Annotated[
+        list[str] | None, typer.Option(help="A backend's name; repeat for more. All by default.")
+    ] = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="A case or a group, * and ? allowed; repeat for more. All by default."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float64, float32, float16 or bfloat16; the last three by default."),
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FILE.safetensors",
+            help="Your own <case>.q, .k, .v (B, H, S, D) and .mask, in place of the cases here; "
+            "beside them where --cases is given too.",
+        ),
+    ] = None,
+    json_path: Annotated[
+        Path, typer.Option("--json", metavar="PATH", help="Where the report goes as JSON.")
+    ] = Path("crosscheck.json"),
+    seed: Annotated[int, typer.Option(min=0, help="Of generated inputs and cotangents.")] = 0,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Imported first: one that registers."),
+    ] = None,
+) -> None:
+    """Run every backend against a float64 oracle: outputs, log-sum-exp and gradients.
+
+    Exit status: 0 all agree, 1 somebody disagrees, 2 it could not run.
+    """
+    import heedful_torch.crosscheck as judge  # here, since torch and JAX take seconds to import
+
+    _import(imports or [])
+    _check_writable(json_path)
+    try:
+        chosen = [*(cases or []), *(judge.load(input_file) if input_file else [])]
+        with _progress_bar() as bar:
+            task = bar.add_task("", total=None)
+            report = judge.crosscheck(
+                backend,
+                chosen or None,
+                dtype or ("float32", "bfloat16", "float16"),
+                seed,
+                lambda done, total, what: bar.update(
+                    task, completed=done, total=total, description=what
+                ),
+            )
+    except ValueError as error:  # an unknown name or a malformed file; what backends raise is judged
+        _stop(str(error))
+    wide = None if sys.stdout.isatty() else judge.WIDTH
+    Console(width=wide).print(report)
+    json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    typer.echo(f"The same as JSON: {json_path}")
+    raise typer.Exit(_exit_status(report, backend or []))
+
+
+def _exit_status(report: "Report", asked_for: list[str]) -> int:
+    if report.failures:
+        return DISAGREE
+    ran_nothing = [name for name in asked_for if report.verdicts[name] == "refused"]
+    if ran_nothing or not report.agree:
+        return COULD_NOT_RUN
+    return AGREE
+
+
+def _import(modules: list[str]) -> None:
+    sys.path.insert(0, "")  # as `python -m` has it
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            _stop(f"--import {module}: {type(error).__name__}: {error}")
+
+
+def _check_writable(path: Path) -> None:
+    """Before the long run, not after it."""
+    existed = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        _stop(f"--json {path} cannot be written: {error}")
+    if not existed:
+        path.unlink()
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _stop(message: str) -> NoReturn:
+    typer.echo(f"heedful: {message}", err=True)
+    raise typer.Exit(COULD_NOT_RUN)
+
+
+def main() -> None:
+    """The console script."""
+    app()

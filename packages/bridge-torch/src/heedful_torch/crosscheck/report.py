@@ -1,0 +1,366 @@
+"""What came of a crosscheck: the table, and the same as JSON."""
+
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import heedful
+import jax
+import jaxlib
+import numpy as np
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from heedful_torch.crosscheck.run import Failure, Outcome
+
+WIDTH = 116  # of the table where it is not printed to a terminal
+COLUMNS = ("out", "lse", "dq", "dk", "dv")
+FAILURES_SHOWN = 5  # of each backend; the JSON has them all
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend on one group of cases in one dtype."""
+
+    backend: str
+    group: str
+    dtype: str
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def ran(self) -> list[Outcome]:
+        return [o for o in self.outcomes if o.verdict != "refused"]
+
+    @property
+    def verdict(self) -> str:
+        """ "agree", "disagree" or "refused": the worst of those that ran."""
+        verdicts = {o.verdict for o in self.outcomes}
+        return next(v for v in ("disagree", "agree", "refused") if v in verdicts)
+
+    @property
+    def worst(self) -> dict[str, Outcome]:
+        """For each tensor, the outcome that is nearest to its limit, or farthest beyond."""
+        tensors = dict.fromkeys(t for o in self.ran for t in o.judgements)
+        return {
+            tensor: max(
+                (o for o in self.ran if tensor in o.judgements),
+                key=lambda o: o.judgements[tensor].strain,
+            )
+            for tensor in tensors
+        }
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One thing that keeps a backend from some of the runs.
+
+    Attributes:
+        lse: whether it keeps the backend from LSE alone.
+        outcomes: the runs.
+    """
+
+    backend: str
+    reason: str
+    lse: bool
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a crosscheck; print it, or read it.
+
+    Attributes:
+        outcomes: of every backend on every case in every dtype.
+        seed: of the inputs and the cotangents.
+        seconds: that it took.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    seed: int
+    seconds: float
+
+    @property
+    def agree(self) -> bool:
+        """Whether somebody ran and nobody disagrees."""
+        return "agree" in self.verdicts.values() and not self.failures
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Everything that anybody got wrong."""
+        return tuple(f for o in self.outcomes for f in o.failures)
+
+    @cached_property
+    def verdicts(self) -> dict[str, str]:
+        """By backend: "agree", "disagree", or "refused" where it ran nothing."""
+        return {name: _row(name, "", "", found).verdict for name, found in self._by_backend.items()}
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The table: backend × case group × dtype."""
+        parts: dict[tuple[str, str, str], list[Outcome]] = {}
+        for o in self.outcomes:
+            parts.setdefault((o.backend, o.group, o.dtype), []).append(o)
+        order = list(self._by_backend)
+        keys = sorted(parts, key=lambda key: order.index(key[0]))  # stable: groups stay in order
+        return tuple(_row(*key, parts[key]) for key in keys)
+
+    @cached_property
+    def refusals(self) -> tuple[Reason, ...]:
+        """Every reason that anybody gave, and the runs that it was given for."""
+        found: dict[tuple[str, bool, str], list[Outcome]] = {}
+        for o in self.outcomes:
+            for reason in o.reasons:
+                found.setdefault((o.backend, False, reason), []).append(o)
+            for reason in o.lse_reasons:
+                found.setdefault((o.backend, True, reason), []).append(o)
+        return tuple(
+            Reason(backend, reason, lse, tuple(outcomes))
+            for (backend, lse, reason), outcomes in found.items()
+        )
+
+    @cached_property
+    def _by_backend(self) -> dict[str, list[Outcome]]:
+        found: dict[str, list[Outcome]] = {}
+        for o in self.outcomes:
+            found.setdefault(o.backend, []).append(o)
+        return found
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield _table(self)
+        if self.refusals:
+            yield _refusal_table(self)
+        yield from _failure_lines(self)
+        yield _verdict_line(self)
+
+    def __str__(self) -> str:
+        console = Console(width=WIDTH, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything in the table, every run behind it, and what it ran on; JSON types only."""
+        return {
+            "verdict": "agree" if self.agree else "disagree" if self.failures else "nothing ran",
+            "backends": self.verdicts,
+            "seed": self.seed,
+            "seconds": round(self.seconds, 1),
+            "environment": environment(),
+            "table": [_row_as_json(row) for row in self.rows],
+            "refusals": [_reason_as_json(reason) for reason in self.refusals],
+            "failures": [asdict(failure) for failure in self.failures],
+            "runs": [_run_as_json(outcome) for outcome in self.outcomes],
+        }
+
+
+def _row(backend: str, group: str, dtype: str, outcomes: Iterable[Outcome]) -> Row:
+    return Row(backend, group, dtype, tuple(outcomes))
+
+
+# The table
+
+
+def _table(report: Report) -> Table:
+    table = Table(
+        box=None,
+        padding=(0, 1, 0, 0),
+        caption="each pair: relative RMS error against the float64 oracle, the backend's / plain "
+        "attention's,\nin the case nearest to its limit; in brackets, how many of the cases ran",
+        caption_justify="left",
+    )
+    for heading in ("backend", "dtype", "verdict", *("LSE" if c == "lse" else c for c in COLUMNS)):
+        table.add_column(heading, no_wrap=True)
+    for backend, rows in groupby(report.rows, key=lambda row: row.backend):
+        table.add_row(Text(backend, style="bold"))
+        for row in rows:
+            if row.ran:
+                table.add_row(f"  {row.group}", row.dtype, _verdict(row), *_cells(row))
+        if report.verdicts[backend] == "refused":
+            table.add_row("  everything", "", Text("refused", style="yellow"))
+    return table
+
+
+def _verdict(row: Row) -> Text:
+    style = {"agree": "green", "disagree": "bold red"}[row.verdict]
+    part = "" if len(row.ran) == len(row.outcomes) else f" ({len(row.ran)}/{len(row.outcomes)})"
+    return Text(row.verdict + part, style=style)
+
+
+def _cells(row: Row) -> list[Text]:
+    cells = []
+    for tensor in COLUMNS:
+        if tensor not in row.worst:
+            cells.append(Text("-"))
+            continue
+        judgement = row.worst[tensor].judgements[tensor]
+        style = "bold red" if judgement.faults else ""
+        if math.isfinite(judgement.errors.rms):
+            pair = f"{_short(judgement.errors.rms)}/{_short(judgement.plain.rms)}"
+        else:
+            pair = "wrong"
+        cells.append(Text(pair, style=style))
+    return cells
+
+
+def _short(x: float) -> str:
+    """1.7e-03 → 1.7e-3"""
+    return "0" if x == 0 else re.sub(r"e([+-])0", r"e\1", f"{x:.1e}")
+
+
+def _refusal_table(report: Report) -> Table:
+    table = Table(box=None, padding=(1, 2, 0, 0), collapse_padding=True)
+    for heading in ("refused by", "reason", "where"):
+        table.add_column(heading, overflow="fold", ratio={"reason": 3, "where": 2}.get(heading))
+    previous = None
+    for backend, reason, outcomes in _alike(report.refusals):
+        name = "" if backend == previous else backend
+        table.add_row(name, reason, _places(outcomes, report._by_backend[backend]))
+        previous = backend
+    return table
+
+
+def _alike(reasons: Sequence[Reason]) -> list[tuple[str, str, list[Outcome]]]:
+    """Backend, reason, runs; reasons that differ in numbers alone are one, the numbers left out."""
+    found: dict[tuple[str, str], list[Reason]] = {}
+    for reason in sorted(reasons, key=lambda r: r.backend):
+        text = ("LSE: " if reason.lse else "") + reason.reason
+        found.setdefault((reason.backend, re.sub(r"\b\d+\b", "…", text)), []).append(reason)
+    alike = []
+    for (backend, text), same in found.items():
+        exact = ("LSE: " if same[0].lse else "") + same[0].reason
+        outcomes = [o for reason in same for o in reason.outcomes]
+        alike.append((backend, exact if len(same) == 1 else text, outcomes))
+    return alike
+
+
+def _places(outcomes: Sequence[Outcome], everything: Sequence[Outcome]) -> str:
+    """Which runs these are: whole groups by their name, others by the case's, dtypes unless all."""
+    if len(outcomes) == len(everything):
+        return "everything"
+    dtypes = list(dict.fromkeys(o.dtype for o in everything))
+    of_case: dict[str, list[str]] = {}
+    for o in outcomes:
+        of_case.setdefault(o.case, []).append(o.dtype)
+    whole: dict[str, str] = {}  # a case or a group → the dtypes that it is refused in
+    for group in dict.fromkeys(o.group for o in everything):
+        cases = list(dict.fromkeys(o.case for o in everything if o.group == group))
+        refused = {case: ", ".join(of_case[case]) for case in cases if case in of_case}
+        if len(refused) == len(cases) and len(set(refused.values())) == 1:
+            whole[group] = refused[cases[0]]
+        else:
+            whole |= refused
+    by_dtypes: dict[str, list[str]] = {}
+    for name, in_dtypes in whole.items():
+        by_dtypes.setdefault(in_dtypes, []).append(name)
+    return "; ".join(
+        ("" if in_dtypes == ", ".join(dtypes) else f"{in_dtypes}: ") + ", ".join(names)
+        for in_dtypes, names in by_dtypes.items()
+    )
+
+
+def _failure_lines(report: Report) -> Iterable[Text]:
+    for backend, outcomes in report._by_backend.items():
+        failures = [f for o in outcomes for f in o.failures]
+        for failure in failures[:FAILURES_SHOWN]:
+            yield Text.assemble(("✗ ", "bold red"), str(failure))
+        if len(failures) > FAILURES_SHOWN:
+            yield Text(f"  and {len(failures) - FAILURES_SHOWN} more of {backend}, all in the JSON")
+
+
+def _verdict_line(report: Report) -> Text:
+    by_verdict: dict[str, list[str]] = {}
+    for name, verdict in report.verdicts.items():
+        by_verdict.setdefault(verdict, []).append(name)
+    runs = sum(o.verdict != "refused" for o in report.outcomes)
+    said = [
+        f"{len(names)} {meaning}: {', '.join(names)}"
+        for verdict, meaning in (
+            ("disagree", "disagree"),
+            ("agree", "agree"),
+            ("refused", "can run nothing here"),
+        )
+        if (names := by_verdict.get(verdict))
+    ]
+    style = "bold green" if report.agree else "bold red"
+    return Text(f"{'. '.join(said)}. {runs} runs, {report.seconds:.0f} s.", style=style)
+
+
+# JSON
+
+
+def environment() -> dict[str, Any]:
+    """What may change a result: versions, machine, flags."""
+    return {
+        "heedful": heedful.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "jax_devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+        "torch_cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    return {
+        "backend": row.backend,
+        "group": row.group,
+        "dtype": row.dtype,
+        "verdict": row.verdict,
+        "ran": len(row.ran),
+        "refused": len(row.outcomes) - len(row.ran),
+        "worst": {
+            tensor: {"case": o.case, **_judgement_as_json(o, tensor)} for tensor, o in row.worst.items()
+        },
+    }
+
+
+def _reason_as_json(reason: Reason) -> dict[str, Any]:
+    return {
+        "backend": reason.backend,
+        "reason": reason.reason,
+        "lse_only": reason.lse,
+        "runs": [[o.case, o.dtype] for o in reason.outcomes],
+    }
+
+
+def _run_as_json(o: Outcome) -> dict[str, Any]:
+    return {
+        "backend": o.backend,
+        "case": o.case,
+        "group": o.group,
+        "dtype": o.dtype,
+        "verdict": o.verdict,
+        "reasons": list(o.reasons),
+        "lse_reasons": list(o.lse_reasons),
+        "tensors": {tensor: _judgement_as_json(o, tensor) for tensor in o.judgements},
+        "failures": [{"tensor": f.tensor, "message": f.message} for f in o.failures],
+        "seconds": round(o.seconds, 3),
+    }
+
+
+def _judgement_as_json(o: Outcome, tensor: str) -> dict[str, Any]:
+    judgement = o.judgements[tensor]
+    measures = {"error": judgement.errors, "plain": judgement.plain, "limit": judgement.limits}
+    return {
+        name: {measure: _number(x) for measure, x in errors._asdict().items()}
+        for name, errors in measures.items()
+    }
+
+
+def _number(x: float) -> float | None:
+    """JSON has no infinity: what could not be measured is null."""
+    return float(x) if math.isfinite(x) else None

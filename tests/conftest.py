@@ -1,0 +1,21 @@
+"""For every test: JAX is strict, Hypothesis repeatable in CI, and a worker keeps to its core."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# As environment variables, so that processes which a test starts are as strict as the test.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a worker for each core, and XLA (NPROC), torch and BLAS would each take all cores.
+    os.environ |= {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+# No deadline: the first example of a shape also compiles.
+settings.register_profile("heedful", deadline=None, max_examples=25, derandomize="CI" in os.environ)
+settings.load_profile("heedful")
+
+# Their assertions are shown with their values, like those of the tests themselves.
+pytest.register_assert_rewrite("callers", "contract", "definition", "onnx_attention", "reference")

@@ -1,0 +1,286 @@
+"""What is special to the flash core: its tiles, its derivatives of every order, its memory.
+
+That it computes the contract is shown in test_backends.py. Here tiles are small, so that a few dozen
+queries and keys make several of each kind, the overlapping last ones among them.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from definition import visible_by_definition
+from heedful.flash import flash
+from heedful.flash.autodiff import RESIDUALS
+from heedful.flash.forward import forward
+from heedful.flash.tiles import TILE_BYTES, Tiles, keys_seen, queries_seen, start, tile_sizes
+from heedful.plain import plain
+from heedful.problem import Problem
+from hypothesis import given
+from hypothesis import strategies as st
+
+TILES = Tiles(batch=1, kv_heads=1, queries=16, keys=24)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def ask(*, batch=2, q_heads=4, kv_heads=2, q_length=37, kv_length=50, **options):
+    """A problem, its operands, and a scalar function of the floating ones for any implementation."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape))
+
+    q = normal(batch, q_heads, q_length, 8)
+    k, v = normal(batch, kv_heads, kv_length, 8), normal(batch, kv_heads, kv_length, 6)
+    problem = Problem.of(q, k, v, **options)
+    operands = problem.canonical(q, k, v, **options)
+    out_weights, lse_weights = normal(*q.shape[:3], 6), normal(*q.shape[:3])
+    moving = {"q": q, "k": k, "v": v}
+    if operands.bias is not None:
+        moving["bias"] = operands.bias
+
+    def loss(attend, moving):
+        out, lse = attend(problem, operands._replace(**moving))
+        lse = jnp.where(lse == -jnp.inf, 0, lse)
+        return jnp.vdot(jnp.sin(out), out_weights) + jnp.vdot(jnp.sin(lse), lse_weights)
+
+    return problem, operands, moving, loss
+
+
+def normal_like(tree, seed=1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), tree)
+
+
+def assert_close(a, b, tolerance=1e-12):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), a, b)
+
+
+small_flash = partial(flash, tiles=TILES)
+
+QUESTIONS = {
+    "full": {},
+    "causal": {"causal": True, "bias": np.ones((1, 4, 1, 50)), "softcap": 1.5},
+    "window": {"window": (5, 3), "q_offset": 20},
+    "lengths": {"kv_lengths": np.array([50, 13]), "q_lengths": np.array([5, 37]), "causal": True},
+    "mask": {"mask": np.random.default_rng(3).random((2, 1, 37, 50)) < 0.5},
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_forward_and_reverse_mode_are_those_of_plain(name):
+    _, _, moving, loss = ask(**QUESTIONS[name])
+    along = normal_like(moving)
+    for attend in (small_flash, flash):
+        value, gradient = jax.value_and_grad(partial(loss, attend))(moving)
+        expected, expected_gradient = jax.value_and_grad(partial(loss, plain))(moving)
+        assert_close((value, gradient), (expected, expected_gradient))
+    slope = jax.jvp(partial(loss, small_flash), (moving,), (along,))[1]
+    exact = jax.tree.reduce(lambda a, b: a + b, jax.tree.map(jnp.vdot, expected_gradient, along))
+    np.testing.assert_allclose(slope, exact, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "bias_shape", [(2, 4, 37, 50), (1, 4, 37, 50), (2, 1, 1, 50), (1, 1, 37, 1), (1, 1, 1, 1)]
+)
+def test_a_broadcast_bias_gets_the_sum_of_its_gradients(bias_shape):
+    bias = jnp.asarray(np.random.default_rng(5).standard_normal(bias_shape))
+    _, _, moving, loss = ask(bias=bias, causal=True)
+    assert_close(
+        jax.grad(partial(loss, small_flash))(moving)["bias"],
+        jax.grad(partial(loss, plain))(moving)["bias"],
+    )
+
+
+def test_second_order_in_every_composition_is_that_of_plain():
+    _, _, moving, loss = ask(batch=1, q_heads=2, kv_heads=1, softcap=1.5, causal=True)
+    along = normal_like(moving)
+
+    def slope(f, x):
+        return jax.jvp(f, (x,), (along,))[1]
+
+    def forward_over_reverse(f):
+        return slope(jax.grad(f), moving)
+
+    def reverse_over_forward(f):
+        return jax.grad(partial(slope, f))(moving)
+
+    def reverse_over_reverse(f):
+        return jax.vjp(jax.grad(f), moving)[1](along)[0]
+
+    expected = forward_over_reverse(partial(loss, plain))
+    for compose in (forward_over_reverse, reverse_over_forward, reverse_over_reverse):
+        assert_close(
+            jax.jit(compose, static_argnums=0)(partial(loss, small_flash)), expected, 1e-11
+        )
+
+
+@pytest.mark.parametrize("moved", ["q", "kv", "bias", "everything"])
+def test_vmap_is_a_loop(moved):
+    bias = np.ones((1, 4, 1, 50))
+    problem, operands, _, _ = ask(bias=bias, kv_lengths=np.array([50, 13]), causal=True)
+    names = {"q": ["q"], "kv": ["k", "v"], "bias": ["bias"]}.get(
+        moved, ["q", "k", "v", "bias", "kv_lengths"]
+    )
+    stacked = {
+        name: jnp.stack([x, 2 * x if x.dtype == float else x // 2], axis=1)
+        for name in names
+        for x in [getattr(operands, name)]
+    }
+    cotangents = normal_like(jax.eval_shape(partial(small_flash, problem), operands))
+
+    def value_and_gradients(replaced):
+        floats = {n: x for n, x in replaced.items() if x.dtype == float}
+        pair, pullback = jax.vjp(
+            lambda floats: small_flash(problem, operands._replace(**{**replaced, **floats})), floats
+        )
+        return pair, pullback(cotangents)
+
+    together = jax.vmap(value_and_gradients, in_axes=1)(stacked)
+    one_by_one = [
+        value_and_gradients(jax.tree.map(lambda x, n=n: x[:, n], stacked)) for n in range(2)
+    ]
+    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *one_by_one))
+
+
+def test_it_survives_scan_checkpoint_export_and_jacfwd():
+    problem, operands, moving, loss = ask(causal=True, batch=1, q_heads=2)
+    f = partial(loss, small_flash)
+    expected = jax.grad(f)(moving)
+    assert_close(jax.grad(jax.checkpoint(f))(moving), expected)
+    scanned = jax.grad(lambda x: jax.lax.scan(lambda s, _: (s + f(x), None), 0.0, length=2)[0])
+    assert_close(jax.jit(scanned)(moving), jax.tree.map(lambda x: 2 * x, expected))
+    exported = jax.export.export(jax.jit(f))(moving)
+    assert_close(exported.call(moving), f(moving))
+    row = operands.q[0, 0, 0]
+
+    def through(row):
+        q = operands.q.at[0, 0, 0].set(row)
+        return small_flash(problem, operands._replace(q=q))[0]
+
+    assert_close(jax.jacfwd(through)(row), jax.jacrev(through)(row))
+
+
+def test_a_checkpoint_that_saves_the_named_residuals_runs_forward_once():
+    _, _, moving, loss = ask()
+    f = partial(loss, small_flash)
+
+    def forwards(policy):
+        text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(f, policy=policy)))(moving))
+        return text.count("heedful_forward[")
+
+    saving = jax.checkpoint_policies.save_only_these_names(*RESIDUALS)
+    assert forwards(None) == 2
+    assert forwards(saving) == 1
+
+
+# Which tiles are visited
+
+
+@given(
+    q_length=st.integers(1, 40),
+    kv_length=st.integers(1, 40),
+    queries=st.integers(1, 12),
+    keys=st.integers(1, 12),
+    causal=st.booleans(),
+    window=st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9)),
+    q_offset=st.none() | st.integers(-20, 45),
+    kv_real=st.none() | st.integers(0, 40),
+    q_real=st.none() | st.integers(0, 40),
+)
+def test_tiles_seen_are_exactly_those_with_a_visible_pair(
+    q_length, kv_length, queries, keys, causal, window, q_offset, kv_real, q_real
+):
+    options = {"causal": causal, "window": window, "q_offset": q_offset}
+    for name, real, longest in (
+        ("q_lengths", q_real, q_length),
+        ("kv_lengths", kv_real, kv_length),
+    ):
+        if real is not None:
+            options[name] = np.array([min(real, longest)])
+    q, k = np.zeros((1, 1, q_length, 1)), np.zeros((1, 1, kv_length, 1))
+    problem = Problem.of(q, k, k, **options)
+    operands = problem.canonical(q, k, k, **options)
+    options = {name: x for name, x in options.items() if name != "causal"}
+    pairs = visible_by_definition(1, 1, q_length, kv_length, causal=causal, **options)[0, 0]
+    tiles = Tiles(1, 1, min(queries, q_length), min(keys, kv_length))
+    for see, seen, own, other in (
+        (pairs, keys_seen, tiles.queries, tiles.keys),
+        (pairs.T, queries_seen, tiles.keys, tiles.queries),
+    ):
+        for i in range(-(-see.shape[0] // own)):
+            begin = int(start(i, see.shape[0], own))
+            first, clear, clear_end, end = (int(n) for n in seen(problem, operands, tiles, begin))
+            rows = see[begin : begin + own]
+            for j in range(-(-see.shape[1] // other)):
+                tile = rows[:, j * other : (j + 1) * other]
+                if tile.any():
+                    assert first <= j < end
+                if clear <= j < clear_end:
+                    assert tile.all() and tile.shape[1] == other
+            # Nothing is visited in vain, but for rows that windows and lengths leave empty.
+            if rows.any(axis=1).all():
+                visited = range(first, end)
+                assert all(rows[:, j * other : (j + 1) * other].any() for j in visited)
+
+
+@given(
+    batch=st.integers(1, 200),
+    kv_heads=st.integers(1, 40),
+    group=st.integers(1, 8),
+    q_length=st.integers(1, 5000),
+    kv_length=st.integers(1, 5000),
+)
+def test_tiles_divide_the_heads_and_fit_their_size(batch, kv_heads, group, q_length, kv_length):
+    shapes = [(batch, kv_heads * group, q_length, 64), (batch, kv_heads, kv_length, 64)]
+    q, k = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+    tiles = tile_sizes(Problem.of(q, k, k))
+    assert batch % tiles.batch == 0 and kv_heads % tiles.kv_heads == 0
+    assert tiles.batch == 1 or tiles.kv_heads == kv_heads
+    assert 1 <= tiles.queries <= q_length and 1 <= tiles.keys <= kv_length
+    size = 4 * tiles.batch * tiles.kv_heads * group * tiles.queries * tiles.keys
+    assert size <= max(TILE_BYTES, 4 * group * 256 * 512)
+
+
+# Memory, as the compiler plans it
+
+
+def planned_bytes(function, length, **sizes):
+    heads, kv_heads = sizes.get("heads", 1), sizes.get("kv_heads", 1)
+    q = jax.ShapeDtypeStruct((1, heads, length, 64), "float32")
+    k = jax.ShapeDtypeStruct((1, kv_heads, length, 64), "float32")
+    memory = jax.jit(function).lower(q, k, k).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+def attend(q, k, v):
+    problem = Problem.of(q, k, v, causal=True)
+    return flash(problem, problem.canonical(q, k, v, causal=True))[0]
+
+
+def gradients(q, k, v):
+    return jax.grad(lambda *x: attend(*x).sum(), (0, 1, 2))(q, k, v)
+
+
+@pytest.mark.parametrize("function", [attend, gradients])
+def test_memory_is_linear_in_the_length(function):
+    short, long = (planned_bytes(function, length) for length in (8192, 32768))
+    arrays = 32768 * 64 * 4
+    assert long - short < 6 * arrays
+    assert long < 32768**2 * 4 / 100  # a score matrix, and two orders of magnitude to spare
+
+
+def test_grouped_keys_are_not_repeated():
+    q, k = jnp.zeros((1, 8, 640, 16)), jnp.zeros((1, 2, 640, 16))
+    problem = Problem.of(q, k, k)
+    text = str(jax.make_jaxpr(partial(forward, problem))(problem.canonical(q, k, k)))
+    assert "f64[1,2,640,16]" in text  # K and V as they came
+    tile = tile_sizes(problem)
+    assert f"f64[1,8,{tile.keys},16]" not in text
+    assert f"f64[1,2,4,{tile.keys},16]" not in text

@@ -1,0 +1,130 @@
+"""Attention and its gradients in float64, one query row at a time: what the tests compare with.
+
+Written from the contract's text alone and sharing no line with heedful: softmax runs over the keys
+that the query sees and no others, so nothing that stands in a key nobody sees can reach a result.
+"""
+
+import math
+
+import numpy as np
+
+
+def attention(q, k, v, out_cotangent=None, lse_cotangent=None, **options):
+    """out, lse and the cotangents of q, k, v and bias (None without one), all float64.
+
+    Takes the arrays and options of `heedful.attention` as NumPy arrays, in any layout and rank.
+    Without cotangents those of out and lse are zero.
+    """
+    layout = options.pop("layout", "bhsd")
+    shape, lead = q.shape, q.shape[:-3]
+    q, k, v = (_bhsd(x, layout) for x in (q, k, v))
+    out_cotangent = None if out_cotangent is None else _bhsd(out_cotangent, layout)
+    batch, q_heads, q_length, _ = q.shape
+    if lse_cotangent is not None:
+        lse_cotangent = lse_cotangent.reshape(batch, q_heads, q_length)
+    options.pop("return_lse", None)
+    out, lse, dq, dk, dv, dbias = _canonical(q, k, v, out_cotangent, lse_cotangent, lead, **options)
+
+    def like_caller(x):
+        x = x.swapaxes(1, 2) if layout == "bshd" and len(shape) > 2 else x
+        return x.reshape(*lead, *x.shape[1:]) if len(shape) > 2 else x[0, 0]
+
+    lse = lse.reshape(*lead, *lse.shape[1:]) if len(shape) > 2 else lse[0, 0]
+    return like_caller(out), lse, like_caller(dq), like_caller(dk), like_caller(dv), dbias
+
+
+def _bhsd(x, layout):
+    x = np.asarray(x, np.float64)
+    if x.ndim == 2:
+        return x[None, None]
+    x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    return x.swapaxes(1, 2) if layout == "bshd" else x
+
+
+def _canonical(
+    q,
+    k,
+    v,
+    out_cotangent,
+    lse_cotangent,
+    lead,
+    *,
+    mask=None,
+    bias=None,
+    causal=False,
+    window=None,
+    q_offset=None,
+    q_lengths=None,
+    kv_lengths=None,
+    scale=None,
+    softcap=None,
+):
+    batch, q_heads, q_length, head_dim = q.shape
+    _, kv_heads, kv_length, value_dim = v.shape
+    scores = (batch, q_heads, q_length, kv_length)
+    scale = head_dim**-0.5 if scale is None else scale
+    q_lengths = np.full(batch, q_length) if q_lengths is None else np.reshape(q_lengths, batch)
+    kv_lengths = np.full(batch, kv_length) if kv_lengths is None else np.reshape(kv_lengths, batch)
+    if q_offset is None:
+        q_offset = 0 if isinstance(causal, str) else kv_lengths.astype(int) - q_lengths
+    q_offset = np.broadcast_to(q_offset, batch)
+    left, right = window or (None, None)
+    mask = np.True_ if mask is None else mask
+    if mask.shape == (batch, kv_length) and len(lead) == 1:
+        mask = mask[:, None, None, :]
+    mask = _whole(mask, scores, lead)
+    bias_shape = None if bias is None else bias.shape
+    bias = _whole(np.zeros(()) if bias is None else bias, scores, lead)
+
+    j = np.arange(kv_length)
+
+    def sees(b, h, i):
+        p = i + q_offset[b]
+        return (
+            (j <= p if causal else True)
+            & (True if left is None else p - left <= j)
+            & (True if right is None else j <= p + right)
+            & (i < q_lengths[b])
+            & (j < kv_lengths[b])
+            & mask[b, h, i]
+        )
+
+    out, lse = np.zeros((*q.shape[:3], value_dim)), np.full(q.shape[:3], -np.inf)
+    dq, dk, dv, dbias = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape), np.zeros(scores)
+    for b, h, i in np.ndindex(q.shape[:3]):
+        (keys,) = np.nonzero(sees(b, h, i))
+        if keys.size == 0:
+            continue
+        g = h // (q_heads // kv_heads)
+        raw = scale * k[b, g, keys] @ q[b, h, i]
+        capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
+        s = capped + bias[b, h, i, keys]
+        lse[b, h, i] = s.max() + np.log(np.exp(s - s.max()).sum())
+        p = np.exp(s - lse[b, h, i])
+        out[b, h, i] = p @ v[b, g, keys]
+
+        do = np.zeros(value_dim) if out_cotangent is None else out_cotangent[b, h, i]
+        dlse = 0.0 if lse_cotangent is None else lse_cotangent[b, h, i]
+        # out_i = Σ p_j v_j and lse_i = log Σ exp s_j give ds_j = p_j (do·v_j − do·out_i + dlse).
+        ds = p * (v[b, g, keys] @ do - out[b, h, i] @ do + dlse)
+        draw = ds if softcap is None else ds * (1 - (capped / softcap) ** 2)
+        dq[b, h, i] = scale * draw @ k[b, g, keys]
+        dk[b, g, keys] += scale * np.outer(draw, q[b, h, i])
+        dv[b, g, keys] += np.outer(p, do)
+        dbias[b, h, i, keys] = ds
+    return out, lse, dq, dk, dv, _summed(dbias, bias_shape, lead)
+
+
+def _whole(x, scores, lead):
+    """An array that broadcasts to (*lead, Hq, Sq, Sk), as (B, Hq, Sq, Sk)."""
+    return np.broadcast_to(x, (tuple(lead) or (1,)) + scores[1:]).reshape(scores)
+
+
+def _summed(dbias, shape, lead):
+    """The cotangent of a bias of that shape, which was broadcast: the sum over what it stood for."""
+    if shape is None:
+        return None
+    dbias = dbias.reshape((tuple(lead) or (1,)) + dbias.shape[1:])
+    dbias = dbias.sum(axis=tuple(range(dbias.ndim - len(shape))))
+    stretched = tuple(axis for axis, size in enumerate(shape) if size == 1)
+    return dbias.sum(axis=stretched, keepdims=True)
