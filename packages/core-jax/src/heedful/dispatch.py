@@ -61,7 +61,7 @@ class Gradients(Protocol):
     def gradients(
         self, problem: Problem, operands: Operands, out_cotangent: Array, lse_cotangent: Array
     ) -> tuple[Array, Array, Array, Array | None]:
-        """The cotangents of q, k, v and bias (None where there is no bias), shaped like them."""
+        """The cotangents of q, k, v and bias (None: no bias), of their shapes and dtypes."""
         ...
 
 

@@ -164,13 +164,8 @@ def _heads(problem: Problem, operands: Operands) -> Iterator[tuple[tuple[int, in
 
 
 def _visible(problem: Problem, operands: Operands) -> np.ndarray:
-    # A length may come as a narrow or an unsigned integer: kv_length − q_length would wrap in it.
-    wide = {
-        name: None if (x := getattr(operands, name)) is None else np.asarray(x, np.int64)
-        for name in ("q_lengths", "kv_lengths", "q_offset")
-    }
     rows, columns = np.arange(problem.q_length), np.arange(problem.kv_length)
-    seen = visible(problem, operands._replace(**wide), rows, columns)
+    seen = visible(problem, operands, rows, columns)
     return np.ones((1, 1, 1, 1), bool) if seen is None else seen
 
 

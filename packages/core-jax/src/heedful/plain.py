@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from heedful.problem import Array, Operands, Problem
+from heedful.problem import Operands, Problem
 from heedful.visibility import visible
 
 
@@ -26,7 +26,11 @@ def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
     grouped = (problem.batch, problem.kv_heads, problem.group)
     q, k, v = (jnp.asarray(x, problem.accumulator) for x in (operands.q, operands.k, operands.v))
 
-    seen = _visible(problem, operands)
+    rows, columns = (
+        jnp.arange(problem.q_length, dtype=jnp.int32),
+        jnp.arange(problem.kv_length, dtype=jnp.int32),
+    )
+    seen = visible(problem, operands, rows, columns)
     if seen is not None:
         seen = jnp.broadcast_to(seen, scores_shape)
         sees = seen.any(axis=3, keepdims=True)
@@ -61,14 +65,3 @@ def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
 def _einsum(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
     # Left alone, GPUs and TPUs round float32 factors to fewer bits.
     return jnp.einsum(formula, a, b, precision=lax.Precision.HIGHEST)
-
-
-def _visible(problem: Problem, operands: Operands) -> Array | None:
-    # One integer type for all: a length may come as a narrow or an unsigned one, which would wrap.
-    same = {
-        name: None if (x := getattr(operands, name)) is None else jnp.asarray(x, jnp.int32)
-        for name in ("q_lengths", "kv_lengths", "q_offset")
-    }
-    rows = jnp.arange(problem.q_length, dtype=jnp.int32)
-    columns = jnp.arange(problem.kv_length, dtype=jnp.int32)
-    return visible(problem, operands._replace(**same), rows, columns)

@@ -17,6 +17,7 @@ Array = Any  # a JAX array, a NumPy array or a torch tensor: core never imports 
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 LAYOUTS = ("bhsd", "bshd")
+FAR = 2**29  # more than any length; sums of three such numbers still fit an int32
 
 
 class Options(TypedDict, total=False):
@@ -63,9 +64,9 @@ class Operands(NamedTuple):
         v: (B, Hkv, Sk, Dv).
         mask: boolean, rank 4, each axis full or 1 of (B, Hq, Sq, Sk); True = visible.
         bias: floating, rank 4, each axis full or 1 of (B, Hq, Sq, Sk).
-        q_lengths: integer, (B,).
-        kv_lengths: integer, (B,).
-        q_offset: integer, (B,) or (1,); only where the offset is an array.
+        q_lengths: int32, (B,).
+        kv_lengths: int32, (B,).
+        q_offset: int32, (B,) or (1,); only where the offset is an array.
     """
 
     q: Array
@@ -102,7 +103,8 @@ class Problem:
         q_lengths, kv_lengths      i < q_lengths[b], j < kv_lengths[b]
         mask                       True; broadcastable to (B, Hq, Sq, Sk), or (B, Sk) for keys alone
 
-    A query that sees no key gives out 0, lse −inf and no gradient, whatever stands in K and V.
+    A query that sees no key gives out 0, lse −inf and no gradient, whatever stands in K and V. So does
+    one whose every visible key has a bias of −inf.
 
     Precision: products accumulate in float32 (float64 for float64); out has q's dtype, lse is float32
     (float64) of shape (B, Hq, Sq) in either layout. out and lse are both differentiable in q, k, v
@@ -259,9 +261,13 @@ class Problem:
     def canonical(self, q: Array, k: Array, v: Array, **options: Unpack[Options]) -> Operands:
         """The arrays of the call this problem was made of, in canonical form: views, no copies.
 
+        Lengths and offsets alone are converted, to int32: in the narrow or unsigned types that they
+        may come in, their differences would wrap.
+
         Raises:
-            ValueError: a length that is negative or longer than its sequence, where the values can
-                be read without waiting for a device: CPU arrays outside of a trace.
+            ValueError: a length that is negative or longer than its sequence, or an offset out of
+                range, where the values can be read without waiting for a device: CPU arrays outside
+                of a trace.
         """
         offset = options.get("q_offset")
         array_offset = self.q_offset is None and offset is not None
@@ -271,6 +277,8 @@ class Problem:
         }
         for name, longest in (("q_lengths", self.q_length), ("kv_lengths", self.kv_length)):
             _check_length_values(name, lengths[name], longest)
+        if array_offset:
+            _check_offset_values(offset)
         mask, bias = options.get("mask"), options.get("bias")
         return Operands(
             q=self._canonical_heads(q),
@@ -278,8 +286,8 @@ class Problem:
             v=self._canonical_heads(v),
             mask=None if mask is None else mask.reshape(self.mask_shape),
             bias=None if bias is None else bias.reshape(self.bias_shape),
-            q_offset=offset.reshape(-1) if array_offset else None,
-            **lengths,
+            q_offset=_int32(offset.reshape(-1)) if array_offset else None,
+            **{name: None if x is None else _int32(x) for name, x in lengths.items()},
         )
 
     def _canonical_heads(self, x: Array) -> Array:
@@ -336,6 +344,10 @@ def platform_of(x: Array) -> str:
         case "torch":
             return {"cuda": "gpu", "xla": "tpu"}.get(x.device.type, x.device.type)
     return "cpu"
+
+
+def _int32(x: Array) -> Array:
+    return x.int() if framework_of(x) == "torch" else x.astype("int32")
 
 
 def _is_concrete_on_cpu(x: Array) -> bool:
@@ -542,7 +554,10 @@ def _check_lengths(name: str, x: Array | None, lead: tuple[int, ...]) -> None:
 def _check_length_values(name: str, lengths: Array | None, longest: int) -> None:
     if lengths is None or lengths.shape[0] == 0 or not _is_concrete_on_cpu(lengths):
         return
-    low, high = int(lengths.min()), int(lengths.max())
+    values = np.asarray(
+        lengths
+    )  # of a JAX array too: within a trace, its own min() would be traced
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high > longest:
         axis = "Sq" if name == "q_lengths" else "Sk"
         raise ValueError(
@@ -567,22 +582,39 @@ def _check_window(window: Any) -> tuple[int | None, int | None] | None:
                 f"window must hold integers of at least 0, or None. Got {tuple(window)}. "
                 "An open side is None here, not -1."
             )
-    left, right = (None if side is None else int(side) for side in window)
+    # A side as long as two FARs is open, wherever the offset puts the query.
+    left, right = (None if side is None or side >= 2 * FAR else int(side) for side in window)
     return None if left is None and right is None else (left, right)
 
 
 def _check_offset(q_offset: Any, lead: tuple[int, ...]) -> None:
-    if q_offset is None or (
-        isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool)
-    ):
+    if q_offset is None:
         return
+    if isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool):
+        return _check_offset_range(int(q_offset))
     if isinstance(q_offset, bool) or not dtype_of(q_offset).startswith("int"):
         kind = "bool" if isinstance(q_offset, bool) else dtype_of(q_offset)
-        raise TypeError(f"q_offset must be an integer or an integer array. Got {kind}.")
+        raise TypeError(
+            f"q_offset must be an integer or a signed integer array. Got {kind}. Cast it to int32."
+        )
     if tuple(q_offset.shape) not in {(), lead, lead or (1,)}:
         raise ValueError(
             f"q_offset must be one integer, or one for each batch row: (B,) = {lead or (1,)}. "
             f"Got {tuple(q_offset.shape)}. It is the place of the first query among the keys."
+        )
+
+
+def _check_offset_values(q_offset: Array) -> None:
+    if _is_concrete_on_cpu(q_offset):
+        for value in np.asarray(q_offset).flat:
+            _check_offset_range(int(value))
+
+
+def _check_offset_range(q_offset: int) -> None:
+    if abs(q_offset) > FAR:
+        raise ValueError(
+            f"q_offset must lie between -2**29 and 2**29. Got {q_offset}. "
+            "It counts keys: it is the place of the first query among them."
         )
 
 

@@ -6,13 +6,28 @@ here, by `heedful.visibility`, and what nobody sees is kept out of the kernel on
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from heedful.problem import Array, Operands, Problem
 from heedful.visibility import visible
 
 Kernel = Callable[[Array, Array, Array], Array]  # q, k, v → out, all (B, S, H, D)
+
+
+def kernel(implementation: str, problem: Problem, **options: Any) -> Kernel:
+    """`jax.nn.dot_product_attention` with its implementation pinned."""
+
+    def run(q: Array, k: Array, v: Array) -> Array:
+        # jax.nn promotes bfloat16 to float32 by itself, which fails where promotion is strict.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q, k, v, implementation=implementation, scale=problem.scale, **options
+            )
+
+    return run
 
 
 def limits(problem: Problem) -> list[str]:
@@ -35,7 +50,12 @@ def limits(problem: Problem) -> list[str]:
 
 def visibility(problem: Problem, operands: Operands) -> Array | None:
     """Which keys each query sees, each axis full or 1 of (B, Hq, Sq, Sk); None where all are seen."""
-    return visible(problem, operands, jnp.arange(problem.q_length), jnp.arange(problem.kv_length))
+    return visible(
+        problem,
+        operands,
+        jnp.arange(problem.q_length, dtype=jnp.int32),
+        jnp.arange(problem.kv_length, dtype=jnp.int32),
+    )
 
 
 def attend(problem: Problem, operands: Operands, seen: Array | None, kernel: Kernel) -> Array:
@@ -48,7 +68,9 @@ def attend(problem: Problem, operands: Operands, seen: Array | None, kernel: Ker
     if seen is None:
         return _bhsd(kernel(_bhsd(q), _bhsd(k), _bhsd(v)))
     query_sees = seen.any(axis=3)[..., None]
-    key_is_seen = seen.any(axis=2)[..., None]  # by the query heads, or by the one that stands for all
+    key_is_seen = seen.any(axis=2)[
+        ..., None
+    ]  # by the query heads, or by the one that stands for all
     if key_is_seen.shape[1] != 1:
         batch, _, kv_length, _ = key_is_seen.shape
         grouped = key_is_seen.reshape(batch, problem.kv_heads, problem.group, kv_length, 1)

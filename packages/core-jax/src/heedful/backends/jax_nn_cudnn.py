@@ -4,6 +4,7 @@ Written against jax 0.10 to 0.12; not run on a GPU yet.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,8 @@ class CudnnBackend:
     @partial(jax.jit, static_argnums=(0, 1))
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, None]:
         seen = jax_nn.visibility(problem, operands)
-        bias, asked = operands.bias, {}
+        bias = operands.bias
+        asked: dict[str, Any] = {}
         scores = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
         if bias is not None:
             # cuDNN may leave anything in the gradient of a bias that lengths hide.
@@ -69,13 +71,7 @@ class CudnnBackend:
             asked["key_value_seq_lengths"] = _at_least_one(operands.kv_lengths)
         elif seen is not None:
             asked["mask"] = jnp.broadcast_to(seen, scores)
-        kernel = partial(
-            jax.nn.dot_product_attention,
-            bias=bias,
-            scale=problem.scale,
-            implementation="cudnn",
-            **asked,
-        )
+        kernel = jax_nn.kernel("cudnn", problem, bias=bias, **asked)
         return jax_nn.attend(problem, operands, seen, kernel), None
 
 

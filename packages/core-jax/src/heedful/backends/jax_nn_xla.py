@@ -33,13 +33,9 @@ class XlaBackend:
     @partial(jax.jit, static_argnums=(0, 1))
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, None]:
         seen = jax_nn.visibility(problem, operands)
-        kernel = partial(
-            jax.nn.dot_product_attention,
-            bias=operands.bias,
-            mask=seen,
-            scale=problem.scale,
-            implementation="xla",
-        )
+        # In float32 as the scores are, so that bias's gradient is rounded but once.
+        bias = None if operands.bias is None else operands.bias.astype("float32")
+        kernel = jax_nn.kernel("xla", problem, bias=bias, mask=seen)
         return jax_nn.attend(problem, operands, seen, kernel), None
 
 

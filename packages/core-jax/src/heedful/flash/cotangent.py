@@ -19,6 +19,7 @@ from heedful.flash.scores import (
 from heedful.flash.tiles import (
     Tiles,
     count,
+    count_up,
     cut,
     join,
     over_heads,
@@ -94,7 +95,7 @@ def cotangent(
             return (dq, d_bias), (dk, dv)
 
         carry = jnp.zeros(operands.q.shape, accumulator), d_bias
-        (dq, d_bias), (dk, dv) = lax.scan(key_tile, carry, jnp.arange(key_tiles))
+        (dq, d_bias), (dk, dv) = lax.scan(key_tile, carry, count_up(key_tiles))
         dk, dv = join(dk, problem.kv_length, 2), join(dv, problem.kv_length, 2)
         return (dq * problem.scale, dk * problem.scale, dv), d_bias
 

@@ -7,6 +7,7 @@ from heedful.flash.scores import clean, keys_of, queries_of, tile_of_scores, wei
 from heedful.flash.tiles import (
     Tiles,
     count,
+    count_up,
     join,
     keys_seen,
     over_heads,
@@ -64,7 +65,7 @@ def forward(
             )  # line 13 keeps m and l; we, their sum
             return out.astype(problem.dtype), lse
 
-        out, lse = lax.map(query_tile, jnp.arange(query_tiles))
+        out, lse = lax.map(query_tile, count_up(query_tiles))
         return (join(out, problem.q_length, 2), join(lse, problem.q_length, 2)), ()
 
     return over_heads(problem, tiles, head_tile, operands)[0]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from heedful.flash.tiles import Tiles, cut, start
+from heedful.flash.tiles import Tiles, count_up, cut, start
 from heedful.problem import Array, Operands, Problem
 from heedful.visibility import visible
 
@@ -51,10 +51,11 @@ def add_tile(
 ) -> Array:
     """Adds tile (i, j) of scores to something shaped like all of them, summed where an axis is 1."""
     tile = tile.sum(axis=[n for n in range(4) if total.shape[n] == 1], keepdims=True)
-    row = 0 if total.shape[2] == 1 else start(i, problem.q_length, tiles.queries)
-    column = 0 if total.shape[3] == 1 else start(j, problem.kv_length, tiles.keys)
+    zero = jnp.zeros_like(i)
+    row = zero if total.shape[2] == 1 else start(i, problem.q_length, tiles.queries)
+    column = zero if total.shape[3] == 1 else start(j, problem.kv_length, tiles.keys)
     before = cut_scores(problem, tiles, total, i, j)
-    return lax.dynamic_update_slice(total, before + tile, (0, 0, row, column))
+    return lax.dynamic_update_slice(total, before + tile, (zero, zero, row, column))
 
 
 def widen(problem: Problem, x: Array) -> Array:
@@ -93,8 +94,8 @@ def tile_of_scores(
     if not masked:
         return Tile(s, slope, None)
 
-    rows = start(i, problem.q_length, tiles.queries) + jnp.arange(tiles.queries)
-    columns = start(j, problem.kv_length, tiles.keys) + jnp.arange(tiles.keys)
+    rows = start(i, problem.q_length, tiles.queries) + count_up(tiles.queries)
+    columns = start(j, problem.kv_length, tiles.keys) + count_up(tiles.keys)
     mask = operands.mask
     if mask is not None:
         mask = cut_scores(problem, tiles, mask, i, j)

@@ -27,6 +27,7 @@ from heedful.flash.scores import (
 from heedful.flash.tiles import (
     Tiles,
     count,
+    count_up,
     join,
     keys_seen,
     over_heads,
@@ -89,7 +90,7 @@ def tangent(
             row_out = queries_of(problem, tiles, out, i).astype(accumulator)
             return (out_sum - lse_dot[..., None] * row_out).astype(problem.dtype), lse_dot
 
-        out_dot, lse_dot = lax.map(query_tile, jnp.arange(query_tiles))
+        out_dot, lse_dot = lax.map(query_tile, count_up(query_tiles))
         return (join(out_dot, problem.q_length, 2), join(lse_dot, problem.q_length, 2)), ()
 
     return over_heads(problem, tiles, head_tile, (operands, out, lse, tangents))[0]

@@ -62,6 +62,11 @@ def count(length: int, size: int) -> int:
     return math.ceil(length / size)
 
 
+def count_up(n: int) -> Array:
+    """0 … n − 1, in int32 whatever JAX's default: that of lengths and offsets."""
+    return jnp.arange(n, dtype=jnp.int32)
+
+
 def start(index: Array, length: int, size: int) -> Array:
     """Where tile `index` begins: the last one early enough to be whole."""
     return jnp.minimum(index * size, length - size)
@@ -107,11 +112,12 @@ def over_heads(
 
     def begins(x: Array, index: Array) -> list[Array]:
         """Where the tile begins in x, by axis; key and query heads differ only in their number."""
-        row = 0 if x.shape[0] == 1 else index // across * tiles.batch
+        zero = jnp.zeros_like(index)
+        row = zero if x.shape[0] == 1 else index // across * tiles.batch
         if x.ndim == 1:
             return [row]
-        head = 0 if x.shape[1] == 1 else index % across * (x.shape[1] // across)
-        return [row, head] + [0] * (x.ndim - 2)
+        head = zero if x.shape[1] == 1 else index % across * (x.shape[1] // across)
+        return [row, head] + [zero] * (x.ndim - 2)
 
     def one(sums: Any, index: Array) -> tuple[Any, Any]:
         def take(x: Array) -> Array:
@@ -126,7 +132,7 @@ def over_heads(
         result, part = function(jax.tree.map(take, arrays), jax.tree.map(take, sums))
         return jax.tree.map(put, sums, part), result
 
-    sums, results = lax.scan(one, sums, jnp.arange(n))
+    sums, results = lax.scan(one, sums, count_up(n))
 
     def whole(x: Array) -> Array:
         # A tile is part of one batch row's heads, or all heads of some rows: either way the tiles in
@@ -254,19 +260,19 @@ def visit(
     """
     if every is not None:
         body = jax.checkpoint(lambda carry, index: (step(index, carry, True), None))
-        return lax.scan(body, carry, jnp.arange(every))[0]
+        return lax.scan(body, carry, count_up(every))[0]
     before, after = seen.clear - seen.first, seen.end - seen.clear_end
 
     def boundary(n: Array, carry: Any) -> Any:
         return step(jnp.where(n < before, seen.first + n, seen.clear_end + n - before), carry, True)
 
+    def clear(n: Array, carry: Any) -> Any:
+        return step(n, carry, False)
+
     # Both boundaries in one loop: half the code to compile, and the order of tiles is free.
-    if not _same(before + after, 0):
-        carry = lax.fori_loop(0, before + after, boundary, carry)
-    if not _same(seen.clear, seen.clear_end):
-        carry = lax.fori_loop(
-            seen.clear, seen.clear_end, lambda n, carry: step(n, carry, False), carry
-        )
+    for begin, end, body in ((0, before + after, boundary), (seen.clear, seen.clear_end, clear)):
+        if not _same(begin, end):
+            carry = lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, carry)
     return carry
 
 
