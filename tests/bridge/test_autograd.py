@@ -226,9 +226,18 @@ def test_cotangents_in_any_memory_give_no_warning(cotangent, create_graph):
     torch.testing.assert_close(gradient, 3 * cotangent())
 
 
-def test_complex_gradients_are_refused():
-    with pytest.raises(TypeError, match="expected real inputs to differentiate"):
-        jax_in_torch(lambda x: (x * x,))(torch.ones(2, dtype=torch.complex64, requires_grad=True))
+COMPLEX = {
+    "complex to complex": (torch.complex64, lambda x: (x * x,)),
+    "complex to real": (torch.complex64, lambda x: (x.real,)),
+    "real to complex": (torch.float32, lambda x: (jax.lax.complex(x, x),)),
+}
+
+
+@pytest.mark.parametrize(("dtype", "function"), COMPLEX.values(), ids=COMPLEX)
+def test_complex_gradients_are_refused(dtype, function):
+    x = torch.ones(2, dtype=dtype, requires_grad=True)
+    with pytest.raises(TypeError, match="expected real inputs and outputs to differentiate"):
+        jax_in_torch(function)(x)
 
 
 def test_no_grad_records_nothing():

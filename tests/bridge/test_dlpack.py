@@ -400,9 +400,12 @@ def test_lent_works_inside_inference_mode():
 
 
 def test_lent_does_not_hide_an_error():
-    with pytest.raises(ZeroDivisionError), lent(jnp.ones(3) * 1) as (tensor,):
+    def write_and_fail(tensor):
         tensor.add_(1)
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), lent(jnp.ones(3) * 1) as (tensor,):
+        write_and_fail(tensor)
 
 
 # -------------------------------------------------------------------------------- lifetime and time

@@ -1,7 +1,7 @@
 """The public functions."""
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 from heedful import dispatch
 from heedful.dispatch import Explanation
@@ -70,30 +70,29 @@ def explain(
 
 
 def flash_attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Any
 ) -> tuple[Array, Array]:
     """(out, lse) by the JAX flash core: memory linear in Sq + Sk. Options as in `attention`."""
     return _pair("jax:flash", q, k, v, {"mask": mask, **options})
 
 
-def causal_flash_attention(
-    q: Array, k: Array, v: Array, **options: Unpack[Options]
-) -> tuple[Array, Array]:
+def causal_flash_attention(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
     """(out, lse) by the JAX flash core, bottom-right causal. Options as in `attention`."""
     return _pair("jax:flash", q, k, v, {"causal": True, **options})
 
 
 def plain_attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Any
 ) -> tuple[Array, Array]:
     """(out, lse) with the score matrix materialised, in JAX. Options as in `attention`."""
     return _pair("jax:plain", q, k, v, {"mask": mask, **options})
 
 
-def _pair(name: str, q: Array, k: Array, v: Array, options: Options) -> tuple[Array, Array]:
+def _pair(name: str, q: Array, k: Array, v: Array, options: dict[str, Any]) -> tuple[Array, Array]:
     if "return_lse" in options:
         raise TypeError(
             "these functions always return (out, lse): leave return_lse out. "
             "For out alone call heedful.attention."
         )
-    return attention(q, k, v, backend=name, **options, return_lse=True)
+    out, lse = attention(q, k, v, backend=name, **{**options, "return_lse": True})
+    return out, lse

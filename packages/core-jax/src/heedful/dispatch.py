@@ -244,10 +244,8 @@ def _automatic(problem: Problem) -> list[str]:
     names = []
     for framework in SEARCH[problem.framework]:
         native = [_backend(name) for name in _names() if name.startswith(f"{framework}:")]
-        ranked = {b.name: getattr(b, "automatic", None) for b in native}
-        names += sorted(
-            (n for n, rank in ranked.items() if rank is not None), key=ranked.__getitem__
-        )
+        ranked = [(getattr(b, "automatic", None), b.name) for b in native]
+        names += [name for _, name in sorted(pair for pair in ranked if pair[0] is not None)]
     return names
 
 
@@ -272,7 +270,7 @@ def bridge_between(caller: str, framework: str) -> Bridge | None:
 def reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
     """Everything that keeps the backend from the problem: the crossing's reasons, then its own."""
     framework = backend.name.partition(":")[0]
-    if framework == "jax" and problem.dtype == "float64" and not jax.config.jax_enable_x64:
+    if framework == "jax" and jax.dtypes.canonicalize_dtype(problem.dtype) != problem.dtype:
         return ('float64 needs jax.config.update("jax_enable_x64", True)',)
     try:
         bridge = bridge_between(problem.framework, framework)

@@ -194,7 +194,7 @@ class Problem:
         if mask is not None and dtype_of(mask) != "bool":
             raise TypeError(
                 "mask must be boolean, True = visible. "
-                f"Got {dtype_of(mask)}. An additive float mask is bias=; for 0/1 use mask.astype(bool)."
+                f"Got {dtype_of(mask)}. An additive float mask is bias=; for 0/1 use mask != 0."
             )
         accumulator = "float64" if dtype == "float64" else "float32"
         if bias is not None and dtype_of(bias) not in (dtype, accumulator):
@@ -236,7 +236,10 @@ class Problem:
 
         return_lse = options.get("return_lse", False)
         if not isinstance(return_lse, bool):
-            raise TypeError(f"return_lse must be True or False. Got {return_lse!r}.")
+            raise TypeError(
+                f"return_lse must be True or False. Got {return_lse!r}. "
+                "It decides what is returned, so it cannot be an array."
+            )
 
         return cls(
             framework=framework,
@@ -245,7 +248,7 @@ class Problem:
             rank=len(q.shape),
             layout=layout,
             **sizes,
-            scale=_check_number("scale", options.get("scale"), sizes["head_dim"] ** -0.5),
+            scale=_check_scale(options.get("scale"), sizes["head_dim"] ** -0.5),
             softcap=_check_softcap(options.get("softcap")),
             causal=causal_asked,
             window=window,
@@ -269,25 +272,21 @@ class Problem:
                 range, where the values can be read without waiting for a device: CPU arrays outside
                 of a trace.
         """
-        offset = options.get("q_offset")
-        array_offset = self.q_offset is None and offset is not None
-        lengths = {
-            name: None if options.get(name) is None else options[name].reshape(self.batch)
-            for name in ("q_lengths", "kv_lengths")
-        }
-        for name, longest in (("q_lengths", self.q_length), ("kv_lengths", self.kv_length)):
-            _check_length_values(name, lengths[name], longest)
-        if array_offset:
-            _check_offset_values(offset)
         mask, bias = options.get("mask"), options.get("bias")
+        q_lengths, kv_lengths = options.get("q_lengths"), options.get("kv_lengths")
+        q_offset: Any = options.get("q_offset") if self.q_offset is None else None
+        _check_length_values("q_lengths", q_lengths, self.q_length)
+        _check_length_values("kv_lengths", kv_lengths, self.kv_length)
+        _check_offset_values(q_offset)
         return Operands(
             q=self._canonical_heads(q),
             k=self._canonical_heads(k),
             v=self._canonical_heads(v),
             mask=None if mask is None else mask.reshape(self.mask_shape),
             bias=None if bias is None else bias.reshape(self.bias_shape),
-            q_offset=_int32(offset.reshape(-1)) if array_offset else None,
-            **{name: None if x is None else _int32(x) for name, x in lengths.items()},
+            q_lengths=None if q_lengths is None else _int32(q_lengths.reshape(-1)),
+            kv_lengths=None if kv_lengths is None else _int32(kv_lengths.reshape(-1)),
+            q_offset=None if q_offset is None else _int32(q_offset.reshape(-1)),
         )
 
     def _canonical_heads(self, x: Array) -> Array:
@@ -372,7 +371,7 @@ def _check_frameworks(q: Array, k: Array, v: Array, options: Options) -> str:
     arrays = {"q": q, "k": k, "v": v}
     for name in ("mask", "bias", "q_lengths", "kv_lengths", "q_offset"):
         given = options.get(name)
-        if given is not None and not (name == "q_offset" and isinstance(given, numbers.Integral)):
+        if given is not None and not (name == "q_offset" and isinstance(given, numbers.Number)):
             arrays[name] = given
     kinds = {name: framework_of(x) for name, x in arrays.items()}
     for name, kind in kinds.items():
@@ -448,7 +447,7 @@ def _check_shapes(q: Array, k: Array, v: Array, layout: str) -> dict[str, Any]:
 
     def split(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int, int]:
         if rank == 2:
-            return (), 1, *shape
+            return (), 1, shape[0], shape[1]
         lead, (a, b, d) = shape[:-3], shape[-3:]
         return (lead, a, b, d) if layout == "bhsd" else (lead, b, a, d)
 
@@ -501,7 +500,7 @@ def _score_shape(
     """The canonical rank-4 shape of an array broadcastable to (*lead, Hq, Sq, Sk)."""
     fitted = _broadcast_shape(tuple(x.shape), scores, lead)
     if fitted is None:
-        full = (*lead, *scores[1:])
+        full = (*(lead or (1,)), *scores[1:])
         forms = f"be broadcastable to (B, Hq, Sq, Sk) = {full}"
         if name == "mask":
             forms += f", or be (B, Sk) = {(scores[0], scores[3])}"
@@ -552,7 +551,7 @@ def _check_lengths(name: str, x: Array | None, lead: tuple[int, ...]) -> None:
 
 
 def _check_length_values(name: str, lengths: Array | None, longest: int) -> None:
-    if lengths is None or lengths.shape[0] == 0 or not _is_concrete_on_cpu(lengths):
+    if lengths is None or 0 in lengths.shape or not _is_concrete_on_cpu(lengths):
         return
     values = np.asarray(
         lengths
@@ -592,10 +591,11 @@ def _check_offset(q_offset: Any, lead: tuple[int, ...]) -> None:
         return
     if isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool):
         return _check_offset_range(int(q_offset))
-    if isinstance(q_offset, bool) or not dtype_of(q_offset).startswith("int"):
-        kind = "bool" if isinstance(q_offset, bool) else dtype_of(q_offset)
+    if isinstance(q_offset, numbers.Number) or not dtype_of(q_offset).startswith("int"):
+        kind = dtype_of(q_offset) if hasattr(q_offset, "dtype") else repr(q_offset)
         raise TypeError(
-            f"q_offset must be an integer or a signed integer array. Got {kind}. Cast it to int32."
+            f"q_offset must be an integer or a signed integer array. Got {kind}. "
+            "Cast it to int32: it counts keys."
         )
     if tuple(q_offset.shape) not in {(), lead, lead or (1,)}:
         raise ValueError(
@@ -604,8 +604,8 @@ def _check_offset(q_offset: Any, lead: tuple[int, ...]) -> None:
         )
 
 
-def _check_offset_values(q_offset: Array) -> None:
-    if _is_concrete_on_cpu(q_offset):
+def _check_offset_values(q_offset: Array | None) -> None:
+    if q_offset is not None and _is_concrete_on_cpu(q_offset):
         for value in np.asarray(q_offset).flat:
             _check_offset_range(int(value))
 
@@ -618,26 +618,29 @@ def _check_offset_range(q_offset: int) -> None:
         )
 
 
-def _check_number(name: str, value: Any, default: float) -> float:
-    if value is None:
+def _check_scale(scale: Any, default: float) -> float:
+    if scale is None:
         return default
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+    if not _is_number(scale):
         raise TypeError(
-            f"{name} must be a finite Python number. Got {value!r}. "
-            "To learn it, multiply q by it instead."
+            f"scale must be a Python number. Got {scale!r}. To learn it, multiply q by it instead."
         )
-    return float(value)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite. Got {scale!r}. For the default, D**-0.5, pass None.")
+    return float(scale)
 
 
 def _check_softcap(softcap: Any) -> float | None:
     if softcap is None:
         return None
-    if (
-        not isinstance(softcap, numbers.Real)
-        or isinstance(softcap, bool)
-        or not 0 < softcap < math.inf
-    ):
+    if not _is_number(softcap):
+        raise TypeError(f"softcap must be a Python number. Got {softcap!r}. For no softcap pass None.")
+    if not 0 < float(softcap) < math.inf:
         raise ValueError(
-            f"softcap must be a positive Python number. Got {softcap!r}. For no softcap pass None."
+            f"softcap must be positive and finite. Got {softcap!r}. For no softcap pass None."
         )
     return float(softcap)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)

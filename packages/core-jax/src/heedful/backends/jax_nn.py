@@ -6,6 +6,7 @@ here, by `heedful.visibility`, and what nobody sees is kept out of the kernel on
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,15 +20,12 @@ Kernel = Callable[[Array, Array, Array], Array]  # q, k, v → out, all (B, S, H
 
 def kernel(implementation: str, problem: Problem, **options: Any) -> Kernel:
     """`jax.nn.dot_product_attention` with its implementation pinned."""
-
-    def run(q: Array, k: Array, v: Array) -> Array:
-        # jax.nn promotes bfloat16 to float32 by itself, which fails where promotion is strict.
-        with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(
-                q, k, v, implementation=implementation, scale=problem.scale, **options
-            )
-
-    return run
+    return partial(
+        jax.nn.dot_product_attention,
+        implementation=implementation,
+        scale=problem.scale,
+        **options,
+    )
 
 
 def limits(problem: Problem) -> list[str]:
@@ -49,13 +47,17 @@ def limits(problem: Problem) -> list[str]:
 
 
 def visibility(problem: Problem, operands: Operands) -> Array | None:
-    """Which keys each query sees, each axis full or 1 of (B, Hq, Sq, Sk); None where all are seen."""
-    return visible(
-        problem,
-        operands,
-        jnp.arange(problem.q_length, dtype=jnp.int32),
-        jnp.arange(problem.kv_length, dtype=jnp.int32),
-    )
+    """Which keys each query sees, each axis full or 1 of (B, Hq, Sq, Sk); None where all are seen.
+
+    A bias of −inf hides a key too: jax.nn would prefer a masked key to it, and NaN to a row of them.
+    """
+    rows = jnp.arange(problem.q_length, dtype=jnp.int32)
+    columns = jnp.arange(problem.kv_length, dtype=jnp.int32)
+    seen = visible(problem, operands, rows, columns)
+    if operands.bias is None:
+        return seen
+    possible = operands.bias != -jnp.inf
+    return possible if seen is None else seen & possible
 
 
 def attend(problem: Problem, operands: Operands, seen: Array | None, kernel: Kernel) -> Array:
@@ -68,9 +70,7 @@ def attend(problem: Problem, operands: Operands, seen: Array | None, kernel: Ker
     if seen is None:
         return _bhsd(kernel(_bhsd(q), _bhsd(k), _bhsd(v)))
     query_sees = seen.any(axis=3)[..., None]
-    key_is_seen = seen.any(axis=2)[
-        ..., None
-    ]  # by the query heads, or by the one that stands for all
+    key_is_seen = seen.any(axis=2)[..., None]  # by each query head, or by one that stands for all
     if key_is_seen.shape[1] != 1:
         batch, _, kv_length, _ = key_is_seen.shape
         grouped = key_is_seen.reshape(batch, problem.kv_heads, problem.group, kv_length, 1)

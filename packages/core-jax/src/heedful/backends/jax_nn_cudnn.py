@@ -17,9 +17,9 @@ class CudnnBackend:
     """jax.nn with `implementation="cudnn"`.
 
     What cuDNN has of its own, a top-left causal diagonal and lengths, it is asked for natively, and its
-    memory is linear then. A mask, a window, any other alignment and any bias reach it as one bias of
-    (B, Hq, Sq, Sk) in q's dtype, materialised: jax.nn turns a mask into a bias of large negative
-    numbers, and which broadcast biases have a gradient differs between versions.
+    memory is linear then. With a bias or a mask, a window, or any other alignment, all that hides keys
+    reaches it as one bias of (B, Hq, Sq, Sk) in q's dtype, materialised: jax.nn turns a mask into a
+    bias of large negative numbers, and which broadcast biases have a gradient differs between versions.
     """
 
     name = "jax:nn-cudnn"
@@ -33,10 +33,10 @@ class CudnnBackend:
             reasons.append("cuDNN takes no empty arrays")
         if problem.bias_dtype not in (None, problem.dtype):
             reasons.append(f"cuDNN takes a bias of q's dtype alone, not {problem.bias_dtype}")
-        by_bias = problem.bias_shape is not None or not _native(problem)
-        if by_bias and (problem.q_length % 2 or problem.kv_length % 2):
+        odd = problem.q_length % 2 or problem.kv_length % 2
+        if odd and not _native(problem):
             reasons.append(
-                "cuDNN's gradient with a bias or mask needs even lengths: "
+                "cuDNN's gradient with a bias, which is what hides keys here, needs even lengths: "
                 f"Sq = {problem.q_length}, Sk = {problem.kv_length}"
             )
         capability = compute_capability() if problem.platform == "gpu" else None
@@ -63,8 +63,7 @@ class CudnnBackend:
         asked: dict[str, Any] = {}
         scores = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
         if bias is not None:
-            # cuDNN may leave anything in the gradient of a bias that lengths hide.
-            bias = jnp.broadcast_to(bias if seen is None else jnp.where(seen, bias, 0), scores)
+            bias = jnp.broadcast_to(jnp.where(seen, bias, 0), scores)
         if _native(problem):
             asked["is_causal"] = problem.causal
             asked["query_seq_lengths"] = _at_least_one(operands.q_lengths)
@@ -76,14 +75,15 @@ class CudnnBackend:
 
 
 def _native(problem: Problem) -> bool:
-    """Whether cuDNN can say by itself who sees what: all, or top-left causal, and lengths."""
+    """Whether cuDNN needs no bias: all keys are seen, or what lengths and a top-left diagonal leave."""
     top_left = problem.band == (None, 0) and problem.q_offset == 0
-    return problem.mask_shape is None and (top_left or not problem.positional)
+    biased = problem.bias_shape is not None or problem.mask_shape is not None
+    return not biased and (top_left or not problem.positional)
 
 
 def _at_least_one(lengths: Array | None) -> Array | None:
     """Lengths as jax.nn wants them; an empty row sees one key, put to zero, and its out is dropped."""
-    return None if lengths is None else jnp.maximum(lengths.astype(jnp.int32), 1)
+    return None if lengths is None else jnp.maximum(lengths, 1)
 
 
 def compute_capability() -> tuple[int, int] | None:

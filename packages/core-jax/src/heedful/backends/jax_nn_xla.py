@@ -23,6 +23,12 @@ class XlaBackend:
         reasons = jax_nn.limits(problem)
         if problem.dtype == "float64":
             reasons.append("jax.nn.dot_product_attention computes every softmax in float32")
+        half = problem.dtype in ("float16", "bfloat16")
+        if half and jax.config.jax_numpy_dtype_promotion == "strict":
+            reasons.append(
+                f"jax.nn.dot_product_attention promotes {problem.dtype} to float32 implicitly, "
+                'which jax_numpy_dtype_promotion="strict" forbids'
+            )
         if problem.dtype == "float16" and problem.platform != "gpu":
             reasons.append(
                 "jax.nn.dot_product_attention asks XLA for the product F16_F16_F32, "
@@ -36,7 +42,9 @@ class XlaBackend:
         # In float32 as the scores are, so that bias's gradient is rounded but once.
         bias = None if operands.bias is None else operands.bias.astype("float32")
         kernel = jax_nn.kernel("xla", problem, bias=bias, mask=seen)
-        return jax_nn.attend(problem, operands, seen, kernel), None
+        # Left alone, GPUs and TPUs round float32 factors to fewer bits.
+        with jax.default_matmul_precision("highest"):
+            return jax_nn.attend(problem, operands, seen, kernel), None
 
 
 backend = XlaBackend()

@@ -99,9 +99,10 @@ def cotangent(
         dk, dv = join(dk, problem.kv_length, 2), join(dv, problem.kv_length, 2)
         return (dq * problem.scale, dk * problem.scale, dv), d_bias
 
-    d_bias = (jnp.zeros(operands.bias.shape, accumulator),) if of_bias else ()
+    bias = operands.bias if of_bias else None
+    d_bias = () if bias is None else (jnp.zeros(bias.shape, accumulator),)
     gradients, d_bias = over_heads(
         problem, tiles, head_tile, (operands, lse, out_cotangent, delta), d_bias
     )
     dq, dk, dv = (x.astype(problem.dtype) for x in gradients)
-    return dq, dk, dv, *(x.astype(operands.bias.dtype) for x in d_bias)
+    return dq, dk, dv, *(x.astype(problem.bias_dtype) for x in d_bias)

@@ -1,6 +1,7 @@
 """The forward pass, tile by tile: Dao et al. 2022, Algorithms 1 and 2 (Rabe & Staats 2021, §3)."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from heedful.flash.scores import clean, keys_of, queries_of, tile_of_scores, weigh, widen
@@ -29,7 +30,7 @@ def forward(
     tiles = tiles or tile_sizes(problem)
     query_tiles = count(problem.q_length, tiles.queries)
     key_tiles = count(problem.kv_length, tiles.keys)
-    smallest = jnp.finfo(problem.accumulator).min
+    smallest = np.finfo(problem.accumulator).min
 
     def head_tile(operands: Operands, _: tuple[()]) -> tuple[tuple[Array, Array], tuple[()]]:
         def query_tile(i: Array) -> tuple[Array, Array]:

@@ -216,7 +216,10 @@ def _seen(
 ) -> Seen:
     """Rows first … last of one axis against all of the other; each bound is over all batch rows."""
     left, right = band
-    low, clear_low, clear_high, high = 0, 0, length, length
+    low: Any = 0
+    high: Any = length
+    clear_low: Any = 0
+    clear_high: Any = length
     if left is not None:
         low = jnp.min(first + offset - left)
         clear_low = jnp.max(last + offset - left)
