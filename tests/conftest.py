@@ -18,4 +18,4 @@ settings.register_profile("heedful", deadline=None, max_examples=25, derandomize
 settings.load_profile("heedful")
 
 # Their assertions are shown with their values, like those of the tests themselves.
-pytest.register_assert_rewrite("callers", "contract", "definition", "onnx_attention", "reference")
+pytest.register_assert_rewrite("callers", "contract", "definition", "reference")

@@ -23,7 +23,7 @@ import numpy as np
 import onnx.backend.test.case.node.attention  # builds the cases and their answers, in memory
 from onnx.backend.test.case.node import _NodeTestCases as built
 from onnx.backend.test.case.test_case import TestCase
-from onnx.helper import get_attribute_value, tensor_dtype_to_np_dtype
+from onnx.helper import get_attribute_value
 
 ADAPTATIONS = {
     "3-D": "the heads lie in the last axis: they are split off, and the layout is bshd",
@@ -67,7 +67,7 @@ class Case:
 
     def answers(self, out: np.ndarray) -> dict[str, np.ndarray]:
         """What the call gives, as the outputs that the case expects."""
-        dtype, bshd = self.expected["Y"].dtype, self.options["layout"] == "bshd"
+        bshd = self.options["layout"] == "bshd"
 
         def heads_first(x: np.ndarray) -> np.ndarray:
             return x.swapaxes(1, 2) if bshd else x
@@ -80,7 +80,7 @@ class Case:
             "present_value": heads_first(self.v[..., :value_dim]),
             "qk_matmul_output": heads_first(probabilities),
         }
-        return {name: everything[name].astype(dtype) for name in self.expected}
+        return {name: everything[name] for name in self.expected}
 
     @property
     def kv_length(self) -> int:
@@ -88,7 +88,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every case but the twins, in which the same is spelled out in smaller operators."""
+    """Every case but its twin, in which the same is spelled out in smaller operators."""
     return [adapt(case) for case in built if is_attention(case)]
 
 
@@ -105,8 +105,11 @@ def adapt(case: TestCase) -> Case:
     length_axis = 1 if bshd else 2
     if bshd:
         adapted.add("3-D")
-        heads = attributes.pop("q_num_heads"), *2 * (attributes.pop("kv_num_heads"),)
-        q, k, v = (x.reshape(*x.shape[:2], n, -1) for x, n in zip((q, k, v), heads, strict=True))
+        q_heads, kv_heads = attributes.pop("q_num_heads"), attributes.pop("kv_num_heads")
+        q, k, v = (
+            x.reshape(*x.shape[:2], heads, -1)
+            for x, heads in ((q, q_heads), (k, kv_heads), (v, kv_heads))
+        )
 
     q_offset = 0
     if "past_key" in inputs:
@@ -138,12 +141,11 @@ def adapt(case: TestCase) -> Case:
         identity = identity[:, None] if bshd else identity
         v = np.concatenate((v, np.broadcast_to(identity, (*v.shape[:-1], kv_length))), -1)
 
-    # The contract accumulates in float32, or in float64 for float64.
-    precision = tensor_dtype_to_np_dtype(attributes.pop("softmax_precision", onnx.TensorProto.FLOAT))
-    if precision == np.float64:
+    # Any other precision is met as it is: the contract's softmax is in float32 at least.
+    if attributes.pop("softmax_precision", None) == onnx.TensorProto.DOUBLE:
         adapted.add("float64")
-        q, k, v = (x.astype(precision) for x in (q, k, v))
-        mask = mask if mask is None or mask.dtype == bool else mask.astype(precision)
+        q, k, v = (x.astype(np.float64) for x in (q, k, v))
+        mask = mask if mask is None or mask.dtype == bool else mask.astype(np.float64)
 
     sides = (attributes.pop(f"{side}_window_size", -1) for side in ("left", "right"))
     kv_lengths = inputs.pop("nonpad_kv_seqlen", None)
@@ -180,7 +182,8 @@ def read(
     ((inputs, outputs),) = case.data_sets
     operator = onnx.defs.get_schema("Attention")
 
-    def named(formal, used, arrays):  # an input or output that is not used has no name, and no array
+    def named(formal, used, arrays):
+        # An input or output that is left out has an empty name, and no array.
         names = [parameter.name for parameter, name in zip(formal, used, strict=False) if name]
         return dict(zip(names, arrays, strict=True))
 

@@ -10,8 +10,7 @@ NumPy → torch      shared memory; the results are NumPy's own
 =================  =============================================================================
 
 What cannot be shared as it lies in memory, such as a slice or a broadcast handed to JAX, is copied
-with a `CopyWarning`. No array changes its dtype or its device, except lengths and offsets, which are
-a few integers: they go to JAX as int32, since it has no int64 by default, and to torch as int64.
+with a `CopyWarning`. No array changes its dtype or its device.
 """
 
 import warnings
@@ -30,8 +29,6 @@ from heedful_torch.autograd import jax_in_torch, torch_in_jax
 from heedful_torch.dlpack import CopyWarning
 from heedful_torch.first_order import first_order
 
-INTEGERS = ("q_lengths", "kv_lengths", "q_offset")
-FAR = 2**30  # beyond any key: an int64 offset clamped to it means the same in int32
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
@@ -119,10 +116,7 @@ class _Call:
 
 
 def _torch_on_jax(call: _Call, there: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    tensors = (
-        x.long().clamp(-FAR, FAR).int() if name in INTEGERS else x for name, x in there.items()
-    )
-    return jax_in_torch(call, copy=None)(*tensors)
+    return jax_in_torch(call, copy=None)(*there.values())
 
 
 def _jax_on_torch(call: _Call, there: Mapping[str, Array]) -> tuple[jax.Array, ...]:
@@ -138,11 +132,9 @@ def _torch_on_numpy(call: _Call, there: Mapping[str, torch.Tensor]) -> tuple[tor
 
 
 def _numpy_on_torch(call: _Call, there: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    tensors = (
-        _to_tensor(x.astype(np.int64) if name in INTEGERS else x) for name, x in there.items()
-    )
     with torch.no_grad():
-        return tuple(np.array(_to_numpy(result)) for result in call(*tensors))
+        results = call(*map(_to_tensor, there.values()))
+    return tuple(np.array(_to_numpy(result)) for result in results)
 
 
 class _NumpyInTorch(torch.autograd.Function):

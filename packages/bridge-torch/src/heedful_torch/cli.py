@@ -63,7 +63,8 @@ def crosscheck(
     _import(imports or [])
     _check_writable(json_path)
     try:
-        chosen = [*(cases or []), *(judge.load(input_file) if input_file else [])]
+        loaded = judge.load(input_file) if input_file else ()
+        chosen: list[judge.Case | str] = [*(cases or []), *loaded]
         with _progress_bar() as bar:
             task = bar.add_task("", total=None)
             report = judge.crosscheck(
@@ -75,7 +76,9 @@ def crosscheck(
                     task, completed=done, total=total, description=what
                 ),
             )
-    except ValueError as error:  # an unknown name or a malformed file; what backends raise is judged
+    except (
+        ValueError
+    ) as error:  # an unknown name or a malformed file; what backends raise is judged
         _stop(str(error))
     wide = None if sys.stdout.isatty() else judge.WIDTH
     Console(width=wide).print(report)

@@ -5,7 +5,7 @@ from typing import Any, Unpack
 
 from heedful import dispatch
 from heedful.dispatch import Explanation
-from heedful.problem import Array, Options, Problem
+from heedful.problem import Array, Options, Problem, dtype_of, framework_of
 
 
 def attention(
@@ -70,29 +70,37 @@ def explain(
 
 
 def flash_attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Any
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
 ) -> tuple[Array, Array]:
-    """(out, lse) by the JAX flash core: memory linear in Sq + Sk. Options as in `attention`."""
-    return _pair("jax:flash", q, k, v, {"mask": mask, **options})
+    """(out, lse) by the JAX flash core: memory linear in Sq + Sk. Options as in `attention`.
+
+    A mask may also hold integers 0 and 1, as it may in flash-attention-jax.
+    """
+    return _pair("jax:flash", q, k, v, mask, options)
 
 
-def causal_flash_attention(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
-    """(out, lse) by the JAX flash core, bottom-right causal. Options as in `attention`."""
-    return _pair("jax:flash", q, k, v, {"causal": True, **options})
+def causal_flash_attention(
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
+) -> tuple[Array, Array]:
+    """`flash_attention` with `causal=True`: the last query sees the last key."""
+    return _pair("jax:flash", q, k, v, mask, {"causal": True, **options})
 
 
 def plain_attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Any
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
 ) -> tuple[Array, Array]:
-    """(out, lse) with the score matrix materialised, in JAX. Options as in `attention`."""
-    return _pair("jax:plain", q, k, v, {"mask": mask, **options})
+    """(out, lse) with the score matrix materialised, in JAX; takes what `flash_attention` takes."""
+    return _pair("jax:plain", q, k, v, mask, options)
 
 
-def _pair(name: str, q: Array, k: Array, v: Array, options: dict[str, Any]) -> tuple[Array, Array]:
+def _pair(
+    name: str, q: Array, k: Array, v: Array, mask: Array | None, options: Options
+) -> tuple[Array, Array]:
     if "return_lse" in options:
         raise TypeError(
             "these functions always return (out, lse): leave return_lse out. "
             "For out alone call heedful.attention."
         )
-    out, lse = attention(q, k, v, backend=name, **{**options, "return_lse": True})
-    return out, lse
+    if framework_of(mask) is not None and dtype_of(mask).removeprefix("u").startswith("int"):
+        mask = mask != 0
+    return attention(q, k, v, backend=name, mask=mask, **options, return_lse=True)

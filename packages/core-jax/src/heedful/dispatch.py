@@ -116,6 +116,8 @@ def unregister(name: str) -> None:
     Raises:
         KeyError: no backend of that name was registered by a call of `register`.
     """
+    if name not in _registered:
+        raise KeyError(f"{name} was not added by heedful.register")
     del _registered[name]
 
 
@@ -126,7 +128,7 @@ def _check_backend(backend: Backend) -> None:
             f"a backend must have name, reasons and run. Got {type(backend).__name__} "
             f"without {', '.join(lacking)}."
         )
-    framework, colon, kernel = backend.name.partition(":")
+    framework, colon, kernel = str(backend.name).partition(":")
     if framework not in SEARCH or not colon or not kernel:
         raise ValueError(
             f'a backend is named "framework:kernel", its framework one of {", ".join(SEARCH)}. '
@@ -156,7 +158,30 @@ def _backend(name: str) -> Backend:
         return _registered[name]
     if name not in _entry_points(BACKENDS):
         raise ValueError(f"no backend is named {name!r}. There are {', '.join(_names())}.")
-    return _load(BACKENDS, name)
+    try:
+        backend: Backend = _load(BACKENDS, name)
+    except ImportError as error:
+        return _NotImported(name, f"cannot be imported: {error}")
+    _check_backend(backend)
+    if backend.name != name:
+        raise ValueError(
+            f"the entry point {name!r} holds a backend named {backend.name!r}. Give both one name."
+        )
+    return backend
+
+
+@dataclass(frozen=True)
+class _NotImported:
+    """Stands for an installed backend whose package lacks something: it refuses and says what."""
+
+    name: str
+    reason: str
+
+    def reasons(self, problem: Problem) -> tuple[str]:
+        return (self.reason,)
+
+    def run(self, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:
+        raise ImportError(f"{self.name} {self.reason}")
 
 
 def backends() -> Mapping[str, Backend]:
@@ -270,14 +295,18 @@ def bridge_between(caller: str, framework: str) -> Bridge | None:
 def reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
     """Everything that keeps the backend from the problem: the crossing's reasons, then its own."""
     framework = backend.name.partition(":")[0]
+    crossing: list[str] = []
     if framework == "jax" and jax.dtypes.canonicalize_dtype(problem.dtype) != problem.dtype:
-        return ('float64 needs jax.config.update("jax_enable_x64", True)',)
+        crossing.append('float64 needs jax.config.update("jax_enable_x64", True)')
     try:
-        bridge = bridge_between(problem.framework, framework)
+        if bridge := bridge_between(problem.framework, framework):
+            crossing += bridge.reasons(problem, framework)
     except LookupError as missing:
-        return (str(missing),)
-    crossing = () if bridge is None else bridge.reasons(problem, framework)
-    return (*crossing, *backend.reasons(problem))
+        crossing.append(str(missing))
+    own = backend.reasons(problem)
+    if isinstance(own, str):
+        raise TypeError(f"{backend.name} must give its reasons as a list of strings. Got {own!r}.")
+    return (*crossing, *own)
 
 
 def choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Backend:

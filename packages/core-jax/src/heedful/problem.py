@@ -42,7 +42,7 @@ PEER_NAMES = {
     "attn_mask": "mask= for a boolean mask, bias= for a float one",
     "key_padding_mask": "mask= of shape (B, Sk), True = visible",
     "attn_bias": "bias=",
-    "enable_gqa": "nothing: grouped heads need no switch",
+    "enable_gqa": "not needed: grouped heads need no switch",
     "sm_scale": "scale=",
     "softmax_scale": "scale=",
     "logits_soft_cap": "softcap=",

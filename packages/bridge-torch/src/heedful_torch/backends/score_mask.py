@@ -101,13 +101,7 @@ def score_mask(problem: Problem, operands: Operands, place: Span, dtype: torch.d
     device = operands.q.device
     visibility = visible(
         problem,
-        operands._replace(
-            mask=None if operands.mask is None else _cut(operands.mask, place),
-            # in int64: the difference of two unsigned lengths would wrap around
-            q_lengths=_int64(operands.q_lengths),
-            kv_lengths=_int64(operands.kv_lengths),
-            q_offset=_int64(operands.q_offset),
-        ),
+        operands._replace(mask=None if operands.mask is None else _cut(operands.mask, place)),
         torch.arange(place.rows.start, place.rows.stop, device=device),
         torch.arange(place.columns.start, place.columns.stop, device=device),
     )
@@ -134,7 +128,3 @@ def _cut(x: Tensor, place: Span) -> Tensor:
     if x.shape[2] > 1:
         x = x[:, :, place.rows.start : place.rows.stop]
     return x[..., place.columns.start : place.columns.stop] if x.shape[3] > 1 else x
-
-
-def _int64(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.long()

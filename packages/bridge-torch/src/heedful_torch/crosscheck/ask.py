@@ -8,20 +8,22 @@ bridge cannot hide one of a backend; the cases of the group "bridge" are the one
 from functools import partial
 from typing import Any
 
-import heedful
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from heedful import Problem
 
+import heedful
+from heedful import Problem
 from heedful_torch.crosscheck.cases import Inputs
 from heedful_torch.crosscheck.question import Question
 from heedful_torch.crosscheck.yardstick import Tensors
 
+Named = dict[str, Any]  # arrays of one framework, or options
+
 
 def framework(backend: str) -> str:
-    """ "numpy", "jax" or "torch"."""
+    """A backend's framework: "numpy", "jax" or "torch"."""
     return backend.partition(":")[0]
 
 
@@ -51,7 +53,7 @@ def ask(
         lse_cotangent = question.lse_cotangent
     out_cotangent, lse_cotangent = question.problem.restore(question.out_cotangent, lse_cotangent)
     options = {**inputs.options, "return_lse": with_lse}
-    arrays = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
+    arrays: Named = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
     if "bias" in options:
         arrays["bias"] = options.pop("bias")
     cotangents = [out_cotangent, lse_cotangent] if with_lse else [out_cotangent]
@@ -71,7 +73,7 @@ def _as_tuple(result: Any) -> tuple[Any, ...]:
 
 
 def _ask_jax(
-    backend: str, arrays: Tensors, options: dict[str, Any], cotangents: list[np.ndarray]
+    backend: str, arrays: Named, options: Named, cotangents: list[np.ndarray]
 ) -> tuple[list[np.ndarray], Tensors]:
     array_options = {n: jnp.asarray(x) for n, x in options.items() if isinstance(x, np.ndarray)}
     results, gradients = _differentiated(
@@ -100,16 +102,16 @@ class _Itself:
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _differentiated(
-    arrays: dict[str, jax.Array],
-    array_options: dict[str, jax.Array],
+    arrays: Named,
+    array_options: Named,
     cotangents: list[jax.Array],
     backend: str,
     _: _Itself,
     options: tuple[tuple[str, Any], ...],
-) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
+) -> tuple[tuple[jax.Array, ...], Named]:
     """Results and gradients, compiled together: half the time of compiling them apart."""
 
-    def attend(arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    def attend(arrays: Named) -> tuple[jax.Array, ...]:
         return _as_tuple(
             heedful.attention(**arrays, **array_options, **dict(options), backend=backend)
         )
@@ -121,10 +123,10 @@ def _differentiated(
 
 
 def _ask_torch(
-    backend: str, arrays: Tensors, options: dict[str, Any], cotangents: list[np.ndarray]
+    backend: str, arrays: Named, options: Named, cotangents: list[np.ndarray]
 ) -> tuple[list[np.ndarray], Tensors]:
     options = {n: to_tensor(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
-    leaves = {n: to_tensor(x).requires_grad_() for n, x in arrays.items()}
+    leaves: Named = {n: to_tensor(x).requires_grad_() for n, x in arrays.items()}
     results = _as_tuple(heedful.attention(**leaves, **options, backend=backend))
 
     # A result cut off from an input gives it no gradient: judged like any other wrong one.
@@ -143,7 +145,7 @@ def _ask_torch(
 
 
 def _ask_numpy(
-    backend: str, question: Question, arrays: Tensors, options: dict[str, Any]
+    backend: str, question: Question, arrays: Named, options: Named
 ) -> tuple[list[np.ndarray], Tensors]:
     """NumPy differentiates nothing: a NumPy backend's own `gradients` stand for it."""
     results = _as_tuple(heedful.attention(**arrays, **options, backend=backend))
@@ -165,6 +167,7 @@ def _ask_numpy(
 
 
 def to_tensor(x: np.ndarray) -> torch.Tensor:
+    """A copy, on the GPU where torch has one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = np.array(x, order="C")  # torch must not write into an array that others are asked with
     if x.dtype.name == "bfloat16":
@@ -173,6 +176,7 @@ def to_tensor(x: np.ndarray) -> torch.Tensor:
 
 
 def to_array(x: torch.Tensor) -> np.ndarray:
+    """Its numbers, without its graph."""
     x = x.detach().cpu().contiguous()
     if x.dtype == torch.bfloat16:
         return x.view(torch.uint16).numpy().view("bfloat16")

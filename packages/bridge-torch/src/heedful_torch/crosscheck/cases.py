@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 import safetensors.torch
+import torch
+
 from heedful import Problem  # by way of JAX, also teaches NumPy the name "bfloat16"
 
 Arrays = dict[str, np.ndarray]
@@ -72,8 +74,8 @@ class Case:
         """
         arrays = self.make(self.random(seed))
         rounded = {n: self._round(n, x, dtype) for n, x in arrays.items()}
-        qkv = [self._as_called(rounded.pop(name)) for name in "qkv"]
-        return Inputs(*qkv, {**self.options, **rounded})
+        q, k, v = (self._as_called(rounded.pop(name)) for name in "qkv")
+        return Inputs(q, k, v, {**self.options, **rounded})
 
     def random(self, seed: int, purpose: str = "inputs") -> np.random.Generator:
         """Random numbers that depend on seed, case and purpose, not on what else is run."""
@@ -340,7 +342,7 @@ def load(path: str | Path, group: str = "input") -> tuple[Case, ...]:
                 f"{path}: tensors are named <case>.q, <case>.k, <case>.v and <case>.mask, or q, k, v "
                 f"and mask. Got {name!r}."
             )
-        if (part == "mask") != (str(tensor.dtype) == "torch.bool") or tensor.dtype.is_complex:
+        if not (tensor.dtype == torch.bool if part == "mask" else tensor.is_floating_point()):
             raise InputError(
                 f"{path}: q, k and v are floating, mask is boolean. Got {name} of {tensor.dtype}."
             )
@@ -365,7 +367,7 @@ def _loaded_case(path: str | Path, name: str, group: str, arrays: Arrays) -> Cas
                 "crosscheck itself fills K and V that nobody sees with NaN."
             )
     try:
-        Problem.of(**arrays)
+        Problem.of(arrays["q"], arrays["k"], arrays["v"], mask=arrays.get("mask"))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: case {name}: {error}") from error
     return Case(name=name, group=group, make=lambda random: dict(arrays))

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from heedful import Operands, Problem, oracle
 
+from heedful import Operands, Problem, oracle
 from heedful_torch.crosscheck.cases import Case, Inputs
 from heedful_torch.crosscheck.yardstick import Tensors, plain, seen_keys, sum_to
 
@@ -28,7 +28,8 @@ class Question:
 
     @classmethod
     def of(cls, case: Case, seed: int, dtype: str) -> "Question":
-        """
+        """The question that a case asks in a dtype.
+
         Raises:
             InputError: the case's numbers do not fit the dtype.
         """
@@ -66,11 +67,11 @@ class Question:
 
     def _answers(self, lse_cotangent: np.ndarray) -> tuple[Tensors, Tensors]:
         cotangents = self.out_cotangent, lse_cotangent
-        gradients = oracle.gradients(self.problem, self.operands, *cotangents)
-        named = dict(zip(("dq", "dk", "dv", "dbias"), gradients, strict=True))
-        if named["dbias"] is None:
-            del named["dbias"]
-        return self._forward | named, plain(self.problem, self.operands, *cotangents)
+        dq, dk, dv, dbias = oracle.gradients(self.problem, self.operands, *cotangents)
+        right = self._forward | {"dq": dq, "dk": dk, "dv": dv}
+        if dbias is not None:
+            right["dbias"] = dbias
+        return right, plain(self.problem, self.operands, *cotangents)
 
     # What plays no part
 
@@ -81,10 +82,10 @@ class Question:
     @cached_property
     def hidden(self) -> Tensors:
         """What of each tensor belongs to a query that sees nothing, or to a key that nobody sees."""
-        queries = ~self._seen.any(-1, keepdims=True)
+        queries = np.logical_not(self._seen.any(-1, keepdims=True))
         b, _, sq, sk = self._seen.shape
         by_key_head = self._seen.reshape(b, self.problem.kv_heads, -1, sq, sk)
-        keys = ~by_key_head.any((2, 3))[..., None]
+        keys = np.logical_not(by_key_head.any((2, 3)))[..., None]
         hidden = {"out": queries, "lse": queries, "dq": queries, "dk": keys, "dv": keys}
         if self.operands.bias is not None:
             hidden["dbias"] = ~sum_to(self._seen, self.operands.bias.shape).astype(bool)
@@ -115,7 +116,8 @@ class Question:
 
     def as_called(self, x: np.ndarray) -> np.ndarray:
         """(B, H, S, D) → the rank and layout of the call."""
-        return replace(self.problem, return_lse=False).restore(x, None)
+        called, _ = self.problem.restore(x, self.lse_cotangent)
+        return called
 
     def canonical(self, tensors: Tensors) -> Tensors:
         """Tensors in the rank and layout of the call → (B, H, S, D), LSE (B, H, S)."""
@@ -133,7 +135,10 @@ class Question:
         like = {"out": out, "lse": lse, "dq": x.q, "dk": x.k, "dv": x.v}
         like["dbias"] = x.options.get("bias")
         return [
-            (name, f"{name} is {got.dtype} {got.shape}, expected {like[name].dtype} {like[name].shape}")
+            (
+                name,
+                f"{name} is {got.dtype} {got.shape}, expected {like[name].dtype} {like[name].shape}",
+            )
             for name, got in tensors.items()
             if (got.dtype, got.shape) != (like[name].dtype, like[name].shape)
         ]

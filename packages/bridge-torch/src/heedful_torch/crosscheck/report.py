@@ -10,15 +10,15 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-import heedful
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+import heedful
 from heedful_torch.crosscheck.run import Failure, Outcome
 
 WIDTH = 116  # of the table where it is not printed to a terminal
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """ "agree", "disagree" or "refused": the worst of those that ran."""
+        """The worst of those that ran, "agree" or "disagree"; "refused" where none did."""
         verdicts = {o.verdict for o in self.outcomes}
         return next(v for v in ("disagree", "agree", "refused") if v in verdicts)
 
@@ -211,58 +211,69 @@ def _cells(row: Row) -> list[Text]:
 
 
 def _short(x: float) -> str:
-    """1.7e-03 → 1.7e-3"""
+    """Two digits: 1.7e-3."""
     return "0" if x == 0 else re.sub(r"e([+-])0", r"e\1", f"{x:.1e}")
 
 
 def _refusal_table(report: Report) -> Table:
-    table = Table(box=None, padding=(1, 2, 0, 0), collapse_padding=True)
-    for heading in ("refused by", "reason", "where"):
-        table.add_column(heading, overflow="fold", ratio={"reason": 3, "where": 2}.get(heading))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("\nrefused by")
+    table.add_column("\nreason", overflow="fold", ratio=3)
+    table.add_column("\nwhere", overflow="fold", ratio=2)
     previous = None
-    for backend, reason, outcomes in _alike(report.refusals):
-        name = "" if backend == previous else backend
-        table.add_row(name, reason, _places(outcomes, report._by_backend[backend]))
-        previous = backend
+    for reason in _alike(report.refusals):
+        # What keeps LSE alone is of interest only where the rest is computed.
+        runs = [
+            o
+            for o in report._by_backend[reason.backend]
+            if not (reason.lse and o.verdict == "refused")
+        ]
+        table.add_row(
+            "" if reason.backend == previous else reason.backend,
+            f"LSE alone: {reason.reason}" if reason.lse else reason.reason,
+            _places(reason.outcomes, runs),
+        )
+        previous = reason.backend
     return table
 
 
-def _alike(reasons: Sequence[Reason]) -> list[tuple[str, str, list[Outcome]]]:
-    """Backend, reason, runs; reasons that differ in numbers alone are one, the numbers left out."""
-    found: dict[tuple[str, str], list[Reason]] = {}
+def _alike(reasons: Sequence[Reason]) -> list[Reason]:
+    """By backend; reasons that differ in numbers alone are one, the numbers left out."""
+    found: dict[tuple[str, str, bool], list[Reason]] = {}
     for reason in sorted(reasons, key=lambda r: r.backend):
-        text = ("LSE: " if reason.lse else "") + reason.reason
-        found.setdefault((reason.backend, re.sub(r"\b\d+\b", "…", text)), []).append(reason)
-    alike = []
-    for (backend, text), same in found.items():
-        exact = ("LSE: " if same[0].lse else "") + same[0].reason
-        outcomes = [o for reason in same for o in reason.outcomes]
-        alike.append((backend, exact if len(same) == 1 else text, outcomes))
-    return alike
+        text = re.sub(r"\b\d+\b", "…", reason.reason)
+        found.setdefault((reason.backend, text, reason.lse), []).append(reason)
+    return [
+        Reason(
+            backend,
+            text if len(same) > 1 else same[0].reason,
+            lse,
+            tuple(o for reason in same for o in reason.outcomes),
+        )
+        for (backend, text, lse), same in found.items()
+    ]
 
 
-def _places(outcomes: Sequence[Outcome], everything: Sequence[Outcome]) -> str:
-    """Which runs these are: whole groups by their name, others by the case's, dtypes unless all."""
-    if len(outcomes) == len(everything):
-        return "everything"
-    dtypes = list(dict.fromkeys(o.dtype for o in everything))
-    of_case: dict[str, list[str]] = {}
-    for o in outcomes:
-        of_case.setdefault(o.case, []).append(o.dtype)
-    whole: dict[str, str] = {}  # a case or a group → the dtypes that it is refused in
-    for group in dict.fromkeys(o.group for o in everything):
-        cases = list(dict.fromkeys(o.case for o in everything if o.group == group))
-        refused = {case: ", ".join(of_case[case]) for case in cases if case in of_case}
-        if len(refused) == len(cases) and len(set(refused.values())) == 1:
-            whole[group] = refused[cases[0]]
-        else:
-            whole |= refused
-    by_dtypes: dict[str, list[str]] = {}
-    for name, in_dtypes in whole.items():
-        by_dtypes.setdefault(in_dtypes, []).append(name)
+def _places(outcomes: Sequence[Outcome], runs: Sequence[Outcome]) -> str:
+    """Which of the runs these are: whole groups by their names, dtypes unless it is all of them."""
+    refused = {(o.case, o.dtype) for o in outcomes}
+    dtypes = tuple(dict.fromkeys(o.dtype for o in runs))
+    dtypes_of: dict[tuple[str, ...], list[str]] = {}
+    for dtype in dtypes:
+        names: list[str] = []
+        groups: dict[str, list[str]] = {}
+        for o in runs:
+            if o.dtype == dtype:
+                groups.setdefault(o.group, []).append(o.case)
+        for group, cases in groups.items():
+            hit = [case for case in cases if (case, dtype) in refused]
+            names += [group] if hit == cases else hit
+        if names:
+            everywhere = names == list(groups)
+            dtypes_of.setdefault(("everything",) if everywhere else tuple(names), []).append(dtype)
     return "; ".join(
-        ("" if in_dtypes == ", ".join(dtypes) else f"{in_dtypes}: ") + ", ".join(names)
-        for in_dtypes, names in by_dtypes.items()
+        ", ".join(names) if tuple(within) == dtypes else f"{', '.join(within)}: {', '.join(names)}"
+        for names, within in dtypes_of.items()
     )
 
 
@@ -301,7 +312,7 @@ def environment() -> dict[str, Any]:
     return {
         "heedful": heedful.__version__,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -323,7 +334,8 @@ def _row_as_json(row: Row) -> dict[str, Any]:
         "ran": len(row.ran),
         "refused": len(row.outcomes) - len(row.ran),
         "worst": {
-            tensor: {"case": o.case, **_judgement_as_json(o, tensor)} for tensor, o in row.worst.items()
+            tensor: {"case": o.case, **_judgement_as_json(o, tensor)}
+            for tensor, o in row.worst.items()
         },
     }
 

@@ -1,15 +1,19 @@
 """Asks every backend every question, and has the answers judged."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import repeat
+from threading import Lock
 
-import heedful
 import jax
 import numpy as np
-from heedful import Refusal
 
+import heedful
+from heedful import Refusal
 from heedful_torch.crosscheck.ask import ask, framework
 from heedful_torch.crosscheck.cases import Case, InputError
 from heedful_torch.crosscheck.question import Question
@@ -17,6 +21,11 @@ from heedful_torch.crosscheck.tolerance import Judgement, judge
 from heedful_torch.crosscheck.yardstick import Tensors
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+# Most of the time goes into XLA's compilations, which leave Python's lock alone: JAX backends run side
+# by side. torch chooses its SDPA kernel for the whole process, so what calls torch runs one at a time.
+WORKERS = min(os.cpu_count() or 1, 4)
+_one_at_a_time = Lock()
 
 Progress = Callable[[int, int, str], None]
 Fault = tuple[str | None, str]  # the tensor, None for an exception, and what is wrong
@@ -65,7 +74,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """ "agree", "disagree" or "refused"."""
+        """Whether the backend is right: "agree" or "disagree"; "refused" where it did not run."""
         return "refused" if self.reasons else "disagree" if self.failures else "agree"
 
 
@@ -85,28 +94,23 @@ def collect_outcomes(
         seed: of the generated inputs and of all cotangents.
         progress: called with (done, total, what comes next).
     """
-    total = len(cases) * len(dtypes) * len(backends)
     outcomes: list[Outcome] = []
-    done = 0
-    for case in cases:
-        # From NumPy arrays every backend is asked, from the others those that a bridge leads to.
-        asked = [name for name in backends if case.caller != framework(name)]
-        for dtype in dtypes:
-            # JAX has float64 only while x64 is on; the context also ends with the question.
-            with jax.enable_x64(True) if dtype == "float64" else nullcontext():
-                try:
-                    question = Question.of(case, seed, dtype)
-                except InputError as error:
-                    no_question = {"reasons": (str(error),)}
-                    outcomes += [Outcome(n, case.name, case.group, dtype, **no_question) for n in asked]
-                    continue
-                for name in asked:
-                    if progress:
-                        progress(done, total, f"{case.name} {dtype} {name}")
-                    outcomes.append(outcome(name, question))
-            done += len(backends)
+    pairs = [(case, dtype) for case in cases for dtype in dtypes]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for done, (case, dtype) in enumerate(pairs):
+            if progress:
+                progress(done, len(pairs), f"{case.name} {dtype}")
+            # A bridge leads from these arrays to every framework but their own.
+            asked = [name for name in backends if framework(name) != case.caller]
+            try:
+                question = Question.of(case, seed, dtype)
+            except InputError as error:
+                why = (str(error),)
+                outcomes += [Outcome(name, case.name, case.group, dtype, why) for name in asked]
+            else:
+                outcomes += pool.map(outcome, asked, repeat(question))
     if progress:
-        progress(total, total, "")
+        progress(len(pairs), len(pairs), "")
     return outcomes
 
 
@@ -114,16 +118,20 @@ def outcome(name: str, question: Question) -> Outcome:
     """One backend's answer to one question, judged."""
     case, dtype = question.case, question.dtype
     result = Outcome(name, case.name, case.group, dtype)
+    beside_others = framework(name) == "jax" and case.caller is None
+    # JAX has float64 only while x64 is on, which each thread switches for itself.
+    float64 = jax.enable_x64(True) if dtype == "float64" else nullcontext()
     faults: list[Fault]
     try:
-        started = time.perf_counter()
-        with_lse, lse_reasons, answer = _first_answer(name, question)
-        result = replace(result, lse_reasons=lse_reasons, seconds=time.perf_counter() - started)
-        judgements, faults = judge_all(question, answer, with_lse)
-        if faults:
-            judgements, faults = _diagnose(name, question, with_lse, judgements, faults)
-        faults += _unrepeated(name, question, with_lse, answer)
-        result = replace(result, judgements=judgements)
+        with float64, nullcontext() if beside_others else _one_at_a_time:
+            started = time.perf_counter()
+            with_lse, lse_reasons, answer = _first_answer(name, question)
+            result = replace(result, lse_reasons=lse_reasons, seconds=time.perf_counter() - started)
+            judgements, faults = judge_all(question, answer, with_lse)
+            if faults:
+                judgements, faults = _diagnose(name, question, with_lse, judgements, faults)
+            faults += _unrepeated(name, question, with_lse, answer)
+            result = replace(result, judgements=judgements)
     except Refusal as refusal:
         return replace(result, reasons=tuple(refusal.reasons[name]))
     except Exception as error:  # a backend that raises fails; the others go on
@@ -144,10 +152,7 @@ def _first_answer(name: str, question: Question) -> tuple[bool, tuple[str, ...],
     try:
         return True, (), ask(name, question, inputs, with_lse=True)
     except Refusal as refusal:
-        try:
-            answer = ask(name, question, inputs, with_lse=False)
-        except Refusal:
-            raise refusal from None
+        answer = ask(name, question, inputs, with_lse=False)
         return False, tuple(refusal.reasons[name]), answer
 
 
@@ -170,7 +175,9 @@ def judge_all(
         )
         for tensor, got in question.canonical(answer).items()
     }
-    return judgements, [(t, fault) for t, judgement in judgements.items() for fault in judgement.faults]
+    return judgements, [
+        (t, fault) for t, judgement in judgements.items() for fault in judgement.faults
+    ]
 
 
 def _diagnose(
@@ -194,7 +201,9 @@ def _diagnose(
         zero = np.zeros_like(question.lse_cotangent)
         answer = ask(name, question, question.inputs, True, lse_cotangent=zero)
         if not judge_all(question, answer, with_lse=False)[1]:
-            part = "; right without a cotangent of LSE: what flows back through LSE is wrong or lost"
+            part = (
+                "; right without a cotangent of LSE: what flows back through LSE is wrong or lost"
+            )
             faults = [(tensor, said + part) for tensor, said in faults]
     return judgements, faults
 
@@ -205,7 +214,10 @@ def _unrepeated(name: str, question: Question, with_lse: bool, answer: Tensors) 
         return []
     again = ask(name, question, question.poisoned or question.inputs, with_lse)
     return [
-        (tensor, f"{tensor} differs between two runs, though the backend claims to be deterministic")
+        (
+            tensor,
+            f"{tensor} differs between two runs, though the backend claims to be deterministic",
+        )
         for tensor, first in answer.items()
         if first.tobytes() != again[tensor].tobytes()
     ]

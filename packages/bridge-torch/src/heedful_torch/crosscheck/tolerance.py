@@ -25,9 +25,10 @@ as soon as there are more than some 36 rows of like size, however small ε is, e
 The floors. What is systematic but honest: exp to 20 bits in torch's CPU kernel (1e-6), sums that
 truncate, the oracle's own float64. The floor of rms also covers tensors of a few numbers, where
 errors are luck, and torch's CPU kernel, which adds up dk and dv tile by tile in half precision. It
-is half a unit roundoff in half precision; 32 of them in float32, where all error is accumulation. A worst row may be four times as far out. LSE is computed and returned
-in the accumulator's dtype: it gets that dtype's floor, times ten where scores are products of
-half-precision numbers, whose kernels take their exponentials by short polynomials.
+is half a unit roundoff in half precision; 32 of them in float32, where all error is accumulation.
+A worst row may be four times as far out. LSE is computed and returned in the accumulator's dtype:
+it gets that dtype's floor, times ten for half precision, where kernels take short polynomials for
+their exponentials.
 
 Exactness. Infinities of LSE stand exactly where they should; what belongs to a query that sees nothing
 or to a key nobody sees is exactly zero; nothing else is NaN or infinite.
@@ -45,7 +46,9 @@ WORST_ROW_TIMES = 4
 PLAIN_TIMES = 2
 SIGMAS = 6
 
-TILE = 128  # rows; a failure names the tile it lies in, and most kernels' tiles are this or divide it
+TILE = (
+    128  # rows; a failure names the tile it lies in, and most kernels' tiles are this or divide it
+)
 
 
 class Errors(NamedTuple):
@@ -115,7 +118,10 @@ def judge(
     if all(e <= limit for e, limit in zip(errors, limits, strict=True)):
         return Judgement(errors, plain_errors, limits, ())
     return Judgement(
-        errors, plain_errors, limits, (_fault(tensor, got, want, size, errors, plain_errors, limits),)
+        errors,
+        plain_errors,
+        limits,
+        (_fault(tensor, got, want, size, errors, plain_errors, limits),),
     )
 
 
@@ -177,13 +183,13 @@ def _inexact(tensor: str, got: np.ndarray, want: np.ndarray, hidden: np.ndarray)
     strange = ~np.isfinite(got) & ~(infinite & np.isneginf(got))
     finite = infinite & np.isfinite(got)
     nonzero = hidden & np.isfinite(got) & (got != 0) & ~infinite
-    faults = []
+    faults, unseen = [], "where nothing is seen"
     if strange.any():
         faults.append(f"{tensor} has {got[strange][0]} {_where(strange)}")
     if finite.any():
-        faults.append(f"{tensor} is {got[finite][0]:.3g}, not -inf, where nothing is seen {_where(finite)}")
+        faults.append(f"{tensor} is {got[finite][0]:.3g}, not -inf, {unseen} {_where(finite)}")
     if nonzero.any():
-        faults.append(f"{tensor} is {got[nonzero][0]:.3g}, not 0, where nothing is seen {_where(nonzero)}")
+        faults.append(f"{tensor} is {got[nonzero][0]:.3g}, not 0, {unseen} {_where(nonzero)}")
     return faults
 
 

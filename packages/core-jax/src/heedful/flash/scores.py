@@ -110,7 +110,8 @@ def tile_of_scores(
         return Tile(s, slope, None)
     seen_keys = see.any(axis=2)  # (batch or 1, heads or 1, keys)
     if seen_keys.shape[1] != 1:
-        seen_keys = seen_keys.reshape(seen_keys.shape[0], k.shape[1], -1, tiles.keys).any(axis=2)
+        seen_keys = seen_keys.reshape(seen_keys.shape[0], k.shape[1], -1, seen_keys.shape[2])
+        seen_keys = seen_keys.any(axis=2)
     return Tile(jnp.where(see, s, -jnp.inf), slope, seen_keys[..., None])
 
 

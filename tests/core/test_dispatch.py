@@ -1,0 +1,438 @@
+"""Who computes a call: names, preference, the automatic choice, refusals, and the registry."""
+
+import asyncio
+import contextvars
+import threading
+from textwrap import dedent
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import heedful
+from heedful import Refusal, attention, dispatch, explain, use_backend
+
+Q = jnp.ones((1, 2, 3, 8))
+
+
+class Fake:
+    """Gives its own number as every output, so that an answer says who computed it."""
+
+    def __init__(self, name, number, *reasons, automatic=None):
+        self.name, self.number, self.given_reasons = name, number, reasons
+        if automatic is not None:
+            self.automatic = automatic
+
+    def reasons(self, problem):
+        return self.given_reasons
+
+    def run(self, problem, operands):
+        shape = (problem.batch, problem.q_heads, problem.q_length)
+        out = jnp.full((*shape, problem.value_dim), self.number, problem.dtype)
+        return out, jnp.full(shape, self.number, problem.accumulator)
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks(monkeypatch):
+    monkeypatch.delenv("HEEDFUL_BACKEND", raising=False)
+
+
+@pytest.fixture
+def fakes():
+    fakes = [
+        Fake("jax:one", 1),
+        Fake("jax:two", 2),
+        Fake("jax:unable", 3, "the moon is full", "it is Tuesday"),
+    ]
+    for fake in fakes:
+        heedful.register(fake)
+    yield
+    for fake in fakes:
+        heedful.unregister(fake.name)
+
+
+def who(*args, **options):
+    return float(attention(*(args or (Q, Q, Q)), **options)[0, 0, 0, 0])
+
+
+# Names
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_named_backend_runs():
+    assert who(backend="jax:one") == 1
+    assert who(backend="jax:two") == 2
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_named_backend_that_cannot_is_never_replaced():
+    with pytest.raises(Refusal) as refusal:
+        attention(Q, Q, Q, backend="jax:unable")
+    assert str(refusal.value) == (
+        "jax:unable (asked for by backend=) cannot compute this call.\n"
+        "  jax:unable: the moon is full; it is Tuesday"
+    )
+    assert refusal.value.reasons == {"jax:unable": ("the moon is full", "it is Tuesday")}
+
+
+@pytest.mark.usefixtures("fakes")
+def test_of_a_list_the_first_able_one_runs():
+    assert who(backend=["jax:unable", "jax:two", "jax:one"]) == 2
+    with pytest.raises(Refusal) as refusal:
+        attention(Q, Q, Q, softcap=1.0, backend=("jax:unable", "jax:nn-xla"))
+    assert str(refusal.value) == (
+        "jax:unable, jax:nn-xla (asked for by backend=) none of them can compute this call.\n"
+        "  jax:unable: the moon is full; it is Tuesday\n"
+        "  jax:nn-xla: jax.nn.dot_product_attention has no softcap"
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "message"),
+    [
+        ("jax:flesh", ValueError, "no backend is named 'jax:flesh'. There are "),
+        (["jax:flash", "flash"], ValueError, "no backend is named 'flash'. There are "),
+        ([], TypeError, 'backend must be a name such as "jax:flash", or a list of names. Got []'),
+        (7, TypeError, 'backend must be a name such as "jax:flash", or a list of names. Got 7'),
+        ([None], TypeError, 'backend must be a name such as "jax:flash", or a list of names.'),
+    ],
+)
+def test_wrong_names(backend, error, message):
+    for ask in (
+        lambda: attention(Q, Q, Q, backend=backend),
+        lambda: use_backend(backend).__enter__(),
+    ):
+        with pytest.raises(error) as raised:
+            ask()
+        assert str(raised.value).startswith(message)
+
+
+# Who asks
+
+
+@pytest.mark.usefixtures("fakes")
+def test_the_argument_goes_before_the_block_before_the_environment(monkeypatch):
+    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:one")
+    assert who() == 1
+    with use_backend("jax:two"):
+        assert who() == 2
+        assert who(backend="jax:one") == 1
+        with use_backend(["jax:unable", "jax:one"]):
+            assert who() == 1
+        assert who() == 2
+    assert who() == 1
+
+
+@pytest.mark.usefixtures("fakes")
+def test_the_environment_takes_a_list_and_its_mistakes_are_told(monkeypatch):
+    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:unable, jax:two")
+    assert who() == 2
+    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:unable")
+    with pytest.raises(
+        Refusal, match=r"jax:unable \(asked for by HEEDFUL_BACKEND\) cannot compute"
+    ):
+        who()
+    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:too")
+    with pytest.raises(ValueError, match="no backend is named 'jax:too'"):
+        who()
+    monkeypatch.setenv("HEEDFUL_BACKEND", "")
+    assert explain(Q, Q, Q).why == "the automatic choice"
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_block_ends_with_an_exception():
+    with pytest.raises(Refusal, match=r"asked for by use_backend"), use_backend("jax:unable"):
+        who()
+    assert explain(Q, Q, Q).why == "the automatic choice"
+
+
+@pytest.mark.usefixtures("fakes")
+def test_threads_and_tasks_have_their_own_choice():
+    def in_thread(target):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(target()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    async def task(name, number):
+        with use_backend(name):
+            for _ in range(3):
+                assert who() == number
+                await asyncio.sleep(0)
+
+    async def tasks():
+        await asyncio.gather(task("jax:one", 1), task("jax:two", 2))
+        assert who() == 2  # of the block around
+
+    with use_backend("jax:two"):
+        asyncio.run(tasks())
+        here = contextvars.copy_context()
+        assert in_thread(lambda: here.run(who)) == 2
+
+        def own():
+            with use_backend("jax:one"):
+                return who()
+
+        assert in_thread(own) == 1
+        assert who() == 2
+
+
+# The automatic choice
+
+
+def test_the_flash_core_is_the_automatic_choice_for_jax_and_numpy():
+    for q in (Q, np.ones((3, 8), np.float32)):
+        explanation = explain(q, q, q)
+        assert explanation.chosen == "jax:flash"
+        assert explanation.why == "the automatic choice"
+
+
+def test_the_automatic_choice_goes_by_rank_and_leaves_out_those_without_one():
+    fakes = [Fake("jax:first", 5, automatic=-1), Fake("jax:never", 6)]
+    try:
+        for fake in fakes:
+            heedful.register(fake)
+        assert who() == 5
+        fakes[0].given_reasons = ("not today",)
+        assert explain(Q, Q, Q).chosen == "jax:flash"
+        assert explain(Q, Q, Q).why == "the automatic choice; jax:first refused"
+    finally:
+        for fake in fakes:
+            heedful.unregister(fake.name)
+
+
+def test_numpy_float64_goes_to_the_oracle_while_jax_has_none():
+    q = np.ones((3, 8))
+    explanation = explain(q, q, q)
+    assert explanation.chosen == "numpy:oracle"
+    assert explanation.why == "the automatic choice; jax:flash, jax:plain refused"
+    assert attention(q, q, q).dtype == np.float64
+    with pytest.raises(Refusal) as refusal:
+        attention(q, q, q, softcap=1.0, backend="jax:nn-xla")
+    assert refusal.value.reasons["jax:nn-xla"] == (
+        'float64 needs jax.config.update("jax_enable_x64", True)',
+        "jax.nn.dot_product_attention has no softcap",
+        "jax.nn.dot_product_attention computes every softmax in float32",
+    )
+    with jax.enable_x64(True):
+        assert explain(q, q, q).chosen == "jax:flash"
+
+
+# Under JAX's transformations
+
+
+@pytest.mark.usefixtures("fakes")
+def test_the_choice_works_under_every_trace():
+    def call(q):
+        return attention(q, q, q, backend=["jax:unable", "jax:two"])
+
+    assert float(jax.jit(call)(Q)[0, 0, 0, 0]) == 2
+    assert float(jax.vmap(call)(Q[None])[0, 0, 0, 0, 0]) == 2
+    assert jax.eval_shape(call, Q).shape == Q.shape
+    assert float(jax.export.export(jax.jit(call))(Q).call(Q)[0, 0, 0, 0]) == 2
+
+
+@pytest.mark.parametrize("backend", [None, "jax:flash", "jax:plain", "jax:nn-xla"])
+def test_core_backends_work_under_eval_shape_and_export(backend):
+    def call(q, mask):
+        return attention(q, q, q, mask=mask, causal=True, backend=backend)
+
+    mask = jnp.ones((1, 3), bool)
+    assert jax.eval_shape(call, Q, mask).shape == Q.shape
+    exported = jax.export.export(jax.jit(call))(Q, mask)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(again.call(Q, mask), Q, rtol=1e-6)
+
+
+def test_a_refusal_comes_while_tracing():
+    with pytest.raises(Refusal, match="has no softcap"):
+        jax.eval_shape(lambda q: attention(q, q, q, softcap=1.0, backend="jax:nn-xla"), Q)
+
+
+# explain
+
+
+@pytest.mark.usefixtures("fakes")
+def test_an_explanation_is_data():
+    explanation = explain(Q, Q, Q, softcap=2.0, backend=["jax:unable", "jax:two"])
+    assert explanation.chosen == "jax:two"
+    assert explanation.why == "asked for by backend=; jax:unable refused"
+    assert explanation.problem.softcap == 2.0
+    verdicts = {verdict.name: verdict for verdict in explanation.verdicts}
+    assert list(verdicts) == list(heedful.backends())
+    assert verdicts["jax:flash"].accepted
+    assert not verdicts["jax:unable"].accepted
+    assert verdicts["jax:unable"].reasons == ("the moon is full", "it is Tuesday")
+    assert verdicts["jax:nn-xla"].reasons == ("jax.nn.dot_product_attention has no softcap",)
+    assert explain(Q, Q, Q, backend="jax:unable").chosen is None
+    assert explain(Q, Q, Q, backend="jax:unable").why == (
+        "asked for by backend=; none of jax:unable accepts"
+    )
+
+
+@pytest.mark.usefixtures("fakes")
+def test_an_explanation_prints():
+    lines = str(explain(Q, Q, Q, backend="jax:two")).splitlines()
+    assert lines[0] == "chosen: jax:two (asked for by backend=)"
+    said = {name: " ".join(rest) for name, *rest in map(str.split, lines[1:])}
+    assert said["jax:two"] == "accepts"
+    assert said["jax:unable"] == "the moon is full; it is Tuesday"
+    assert list(said) == list(heedful.backends())
+
+
+def test_a_shape_is_enough_to_explain():
+    shape = jax.ShapeDtypeStruct((2, 2, 1_000_000, 64), jnp.bfloat16)
+    assert explain(shape, shape, shape, causal=True).chosen == "jax:flash"
+
+
+# The registry
+
+
+def test_register_and_unregister():
+    fake = Fake("jax:fake", 9)
+    heedful.register(fake)
+    assert heedful.backends()["jax:fake"] is fake
+    assert isinstance(fake, heedful.Backend)
+    heedful.unregister("jax:fake")
+    assert "jax:fake" not in heedful.backends()
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "message"),
+    [
+        (
+            object(),
+            TypeError,
+            "a backend must have name, reasons and run. Got object without name, reasons, run.",
+        ),
+        (
+            Fake("jax:flash", 0),
+            ValueError,
+            "a backend named 'jax:flash' is there already. Choose another name.",
+        ),
+        (
+            Fake("flash", 0),
+            ValueError,
+            "a backend is named \"framework:kernel\", its framework one of jax, numpy, torch. Got 'flash'.",
+        ),
+        (
+            Fake("mlx:flash", 0),
+            ValueError,
+            "a backend is named \"framework:kernel\", its framework one of jax, numpy, torch. Got 'mlx:flash'.",
+        ),
+        (
+            Fake("jax:", 0),
+            ValueError,
+            "a backend is named \"framework:kernel\", its framework one of jax, numpy, torch. Got 'jax:'.",
+        ),
+        (
+            Fake(None, 0),
+            ValueError,
+            'a backend is named "framework:kernel", its framework one of jax, numpy, torch. Got None.',
+        ),
+    ],
+)
+def test_wrong_backends_are_not_registered(backend, error, message):
+    before = list(heedful.backends())
+    with pytest.raises(error) as raised:
+        heedful.register(backend)
+    assert str(raised.value) == message
+    assert list(heedful.backends()) == before
+
+
+@pytest.mark.parametrize("name", ["jax:flash", "jax:nobody"])
+def test_only_what_was_registered_is_unregistered(name):
+    with pytest.raises(KeyError, match=f"{name} was not added by heedful.register"):
+        heedful.unregister(name)
+
+
+def test_a_single_reason_is_not_taken_for_a_list_of_letters():
+    fake = Fake("jax:letters", 0)
+    fake.given_reasons = "cannot"
+    heedful.register(fake)
+    try:
+        with pytest.raises(
+            TypeError, match="jax:letters must give its reasons as a list of strings"
+        ):
+            attention(Q, Q, Q, backend="jax:letters")
+    finally:
+        heedful.unregister("jax:letters")
+
+
+def test_the_backends_of_the_design_are_installed():
+    core = {"numpy:oracle", "jax:plain", "jax:flash", "jax:nn-xla", "jax:nn-cudnn"}
+    assert core <= set(heedful.backends())
+    for name, backend in heedful.backends().items():
+        assert backend.name == name
+        assert isinstance(backend, heedful.Backend)
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """Installs a package: a module, and entry points in the group heedful.backends."""
+
+    def install(module, source, **points):
+        (tmp_path / f"{module}.py").write_text(dedent(source))
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        lines = [f"{name} = {module}:{attribute}" for name, attribute in points.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[heedful.backends]", *lines]))
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setattr(dispatch, "_loaded", {})
+        dispatch._entry_points.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    dispatch._entry_points.cache_clear()
+
+
+PACKAGE = """
+    import jax.numpy as jnp
+
+    class Ours:
+        name = "jax:ours"
+
+        def reasons(self, problem):
+            return ["we do not like softcap"] if problem.softcap else []
+
+        def run(self, problem, operands):
+            return operands.v * 0 + 7, None
+
+    backend = Ours()
+"""
+
+
+def test_a_package_adds_a_backend_through_its_entry_point(install):
+    install("ours", PACKAGE, **{"jax:ours": "backend"})
+    assert who(backend="jax:ours") == 7
+    with pytest.raises(Refusal, match="we do not like softcap"):
+        who(backend="jax:ours", softcap=1.0)
+    with pytest.raises(ValueError, match="is there already"):
+        heedful.register(Fake("jax:ours", 0))
+
+
+def test_an_installed_backend_that_cannot_be_imported_refuses_and_spares_the_others(install):
+    install("broken_package", "import something_not_there", **{"jax:broken": "backend"})
+    verdicts = {verdict.name: verdict for verdict in explain(Q, Q, Q).verdicts}
+    why = "cannot be imported: No module named 'something_not_there'"
+    assert verdicts["jax:broken"].reasons == (why,)
+    assert verdicts["jax:flash"].accepted
+    with pytest.raises(Refusal, match=why):
+        who(backend="jax:broken")
+
+
+def test_an_entry_point_and_its_backend_have_one_name(install):
+    install("other_name", PACKAGE, **{"jax:theirs": "backend"})
+    with pytest.raises(
+        ValueError, match="the entry point 'jax:theirs' holds a backend named 'jax:ours'"
+    ):
+        who(backend="jax:theirs")
+
+
+def test_listing_a_framework_loads_no_backend_of_another(install):
+    install("loud", "raise RuntimeError('loaded')", **{"torch:loud": "backend"})
+    assert who(backend="jax:plain") == 1
+    assert who() == 1
