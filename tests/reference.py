@@ -87,6 +87,7 @@ def _canonical(
             & (i < q_lengths[b])
             & (j < kv_lengths[b])
             & mask[b, h, i]
+            & (bias[b, h, i] > -np.inf)
         )
 
     out, lse = np.zeros((*q.shape[:3], value_dim)), np.full(q.shape[:3], -np.inf)

@@ -362,7 +362,7 @@ def test_arrays_on_two_devices_are_refused():
 
 def test_wrong_lengths_are_found_in_a_trace_too_where_they_are_known():
     lengths = jnp.array([7, 8])
-    with pytest.raises(ValueError, match="between 0 and Sk = 7. Got 8"):
+    with pytest.raises(ValueError, match=r"between 0 and Sk = 7\. Got 8"):
         jax.jit(lambda q: heedful.attention(q, *map(jnp.array, (K, V)), kv_lengths=lengths))(
             jnp.array(Q)
         )

@@ -70,7 +70,7 @@ def explain(
 
 
 def flash_attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Any
 ) -> tuple[Array, Array]:
     """(out, lse) by the JAX flash core: memory linear in Sq + Sk. Options as in `attention`.
 
@@ -80,21 +80,21 @@ def flash_attention(
 
 
 def causal_flash_attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Any
 ) -> tuple[Array, Array]:
     """`flash_attention` with `causal=True`: the last query sees the last key."""
     return _pair("jax:flash", q, k, v, mask, {"causal": True, **options})
 
 
 def plain_attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Unpack[Options]
+    q: Array, k: Array, v: Array, mask: Array | None = None, **options: Any
 ) -> tuple[Array, Array]:
     """(out, lse) with the score matrix materialised, in JAX; takes what `flash_attention` takes."""
     return _pair("jax:plain", q, k, v, mask, options)
 
 
 def _pair(
-    name: str, q: Array, k: Array, v: Array, mask: Array | None, options: Options
+    name: str, q: Array, k: Array, v: Array, mask: Array | None, options: dict[str, Any]
 ) -> tuple[Array, Array]:
     if "return_lse" in options:
         raise TypeError(

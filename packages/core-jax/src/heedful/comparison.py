@@ -15,9 +15,9 @@ def value_and_grad_difference(
     seed: int = 42,
     *,
     batch: int = 1,
-    heads: int = 2,
+    heads: int = 1,
     q_seq_len: int = 1024,
-    k_seq_len: int = 2048,
+    k_seq_len: int = 8192,
     dim: int = 512,
     add_key_mask: bool = True,
 ) -> tuple[float, tuple[float, float, float]]:

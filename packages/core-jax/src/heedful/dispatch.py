@@ -170,7 +170,7 @@ def _backend(name: str) -> Backend:
     return backend
 
 
-@dataclass(frozen=True)
+@dataclass
 class _NotImported:
     """Stands for an installed backend whose package lacks something: it refuses and says what."""
 
@@ -242,7 +242,9 @@ class Explanation:
 
 
 def _as_names(backend: str | Sequence[str]) -> tuple[str, ...]:
-    names = (backend,) if isinstance(backend, str) else tuple(backend)
+    names: tuple[str, ...] = ()
+    if isinstance(backend, Sequence):
+        names = (backend,) if isinstance(backend, str) else tuple(backend)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f'backend must be a name such as "jax:flash", or a list of names. Got {backend!r}.'

@@ -626,7 +626,9 @@ def _check_scale(scale: Any, default: float) -> float:
             f"scale must be a Python number. Got {scale!r}. To learn it, multiply q by it instead."
         )
     if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite. Got {scale!r}. For the default, D**-0.5, pass None.")
+        raise ValueError(
+            f"scale must be finite. Got {scale!r}. For the default, D**-0.5, pass None."
+        )
     return float(scale)
 
 
@@ -634,7 +636,9 @@ def _check_softcap(softcap: Any) -> float | None:
     if softcap is None:
         return None
     if not _is_number(softcap):
-        raise TypeError(f"softcap must be a Python number. Got {softcap!r}. For no softcap pass None.")
+        raise TypeError(
+            f"softcap must be a Python number. Got {softcap!r}. For no softcap pass None."
+        )
     if not 0 < float(softcap) < math.inf:
         raise ValueError(
             f"softcap must be positive and finite. Got {softcap!r}. For no softcap pass None."

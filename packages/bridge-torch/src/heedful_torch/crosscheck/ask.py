@@ -5,7 +5,8 @@ differentiation. Arrays get there and back through NumPy, not over the bridge, s
 bridge cannot hide one of a backend; the cases of the group "bridge" are the ones that cross it.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -76,19 +77,17 @@ def _ask_jax(
     backend: str, arrays: Named, options: Named, cotangents: list[np.ndarray]
 ) -> tuple[list[np.ndarray], Tensors]:
     array_options = {n: jnp.asarray(x) for n, x in options.items() if isinstance(x, np.ndarray)}
-    results, gradients = _differentiated(
+    rest = tuple((n, x) for n, x in options.items() if n not in array_options)
+    results, gradients = _compiled(backend, _Itself(heedful.backends()[backend]), rest)(
         {n: jnp.asarray(x) for n, x in arrays.items()},
         array_options,
         [jnp.asarray(c) for c in cotangents],
-        backend,
-        _Itself(heedful.backends()[backend]),
-        tuple((n, x) for n, x in options.items() if n not in array_options),
     )
     return [np.asarray(x) for x in results], {n: np.asarray(x) for n, x in gradients.items()}
 
 
 class _Itself:
-    """A backend as part of a compilation's key: another one of the same name is another one."""
+    """A backend as part of a key: another one registered under the same name is another one."""
 
     def __init__(self, backend: Any):
         self.backend = backend
@@ -100,26 +99,27 @@ class _Itself:
         return isinstance(other, _Itself) and self.backend is other.backend
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def _differentiated(
-    arrays: Named,
-    array_options: Named,
-    cotangents: list[jax.Array],
-    backend: str,
-    _: _Itself,
-    options: tuple[tuple[str, Any], ...],
-) -> tuple[tuple[jax.Array, ...], Named]:
-    """Results and gradients, compiled together: half the time of compiling them apart."""
+@lru_cache(maxsize=24)  # for cases that share a shape, and other seeds; each holds megabytes
+def _compiled(
+    backend: str, _: _Itself, options: tuple[tuple[str, Any], ...]
+) -> Callable[[Named, Named, list[jax.Array]], tuple[tuple[jax.Array, ...], Named]]:
+    """Results and gradients in one: compiled together they take half as long as apart."""
 
-    def attend(arrays: Named) -> tuple[jax.Array, ...]:
-        return _as_tuple(
-            heedful.attention(**arrays, **array_options, **dict(options), backend=backend)
-        )
+    @jax.jit
+    def differentiated(
+        arrays: Named, array_options: Named, cotangents: list[jax.Array]
+    ) -> tuple[tuple[jax.Array, ...], Named]:
+        def attend(arrays: Named) -> tuple[jax.Array, ...]:
+            return _as_tuple(
+                heedful.attention(**arrays, **array_options, **dict(options), backend=backend)
+            )
 
-    results, pull = jax.vjp(attend, arrays)
-    pairs = zip(cotangents, results, strict=True)
-    (gradients,) = pull(tuple(c.astype(x.dtype) for c, x in pairs))
-    return results, gradients
+        results, pull = jax.vjp(attend, arrays)
+        pairs = zip(cotangents, results, strict=True)
+        (gradients,) = pull(tuple(c.astype(x.dtype) for c, x in pairs))
+        return results, gradients
+
+    return differentiated
 
 
 def _ask_torch(

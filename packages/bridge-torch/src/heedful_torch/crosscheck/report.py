@@ -222,12 +222,9 @@ def _refusal_table(report: Report) -> Table:
     table.add_column("\nwhere", overflow="fold", ratio=2)
     previous = None
     for reason in _alike(report.refusals):
-        # What keeps LSE alone is of interest only where the rest is computed.
-        runs = [
-            o
-            for o in report._by_backend[reason.backend]
-            if not (reason.lse and o.verdict == "refused")
-        ]
+        runs = report._by_backend[reason.backend]
+        if reason.lse:  # of interest only where LSE was asked for and the rest was computed
+            runs = [o for o in runs if o.lse_reasons or "lse" in o.judgements]
         table.add_row(
             "" if reason.backend == previous else reason.backend,
             f"LSE alone: {reason.reason}" if reason.lse else reason.reason,

@@ -63,6 +63,7 @@ class CudnnBackend:
         asked: dict[str, Any] = {}
         scores = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
         if bias is not None:
+            assert seen is not None  # a bias may hide keys
             bias = jnp.broadcast_to(jnp.where(seen, bias, 0), scores)
         if _native(problem):
             asked["is_causal"] = problem.causal

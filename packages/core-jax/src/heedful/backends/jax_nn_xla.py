@@ -23,8 +23,8 @@ class XlaBackend:
         reasons = jax_nn.limits(problem)
         if problem.dtype == "float64":
             reasons.append("jax.nn.dot_product_attention computes every softmax in float32")
-        half = problem.dtype in ("float16", "bfloat16")
-        if half and jax.config.jax_numpy_dtype_promotion == "strict":
+        promotion = jax.config.jax_numpy_dtype_promotion  # type: ignore[attr-defined]  # untyped
+        if problem.dtype in ("float16", "bfloat16") and promotion == "strict":
             reasons.append(
                 f"jax.nn.dot_product_attention promotes {problem.dtype} to float32 implicitly, "
                 'which jax_numpy_dtype_promotion="strict" forbids'

@@ -77,7 +77,7 @@ def cotangent(
 
                 s, slope, seen = tile_of_scores(problem, tiles, operands, q, k, i, j, masked)
                 p = jnp.exp(s - jnp.where(alive, row_lse, jnp.inf)[..., None])  # line 13
-                dv = dv + gather(p, do, v.shape[1])  # line 16
+                dv = dv + gather(problem, p, do)  # line 16
                 dp = query_key(do, clean(v, seen))  # line 17
                 ds = p * (dp - row_delta[..., None])  # lines 19 and 20
                 d_bias = tuple(add_tile(problem, tiles, x, ds, i, j) for x in d_bias)
@@ -86,7 +86,7 @@ def cotangent(
                 begin = start(i, problem.q_length, tiles.queries)
                 rows = cut(dq, 2, begin, tiles.queries) + weigh(ds, clean(k, seen))  # line 21
                 dq = lax.dynamic_update_slice_in_dim(dq, rows, begin, 2)
-                return dq, d_bias, dk + gather(ds, q, k.shape[1]), dv  # line 22
+                return dq, d_bias, dk + gather(problem, ds, q), dv  # line 22
 
             dk, dv = jnp.zeros(k.shape, accumulator), jnp.zeros(v.shape, accumulator)
             seen = queries_seen(problem, operands, tiles, start(j, problem.kv_length, tiles.keys))

@@ -84,7 +84,10 @@ def tile_of_scores(
         i, j: the tiles' indices.
         masked: whether to ask what is visible; where False the caller knows that all is.
     """
-    s = query_key(q, k) * jnp.asarray(problem.scale, problem.accumulator)
+    if q.dtype == problem.accumulator:
+        s = query_key(q * problem.scale, k)  # one pass less over the tile than to scale the scores
+    else:
+        s = query_key(q, k) * problem.scale
     slope = None
     if problem.softcap is not None:
         ratio = jnp.tanh(s / problem.softcap)
@@ -108,6 +111,7 @@ def tile_of_scores(
         see = fresh if see is None else see & fresh
     if see is None:
         return Tile(s, slope, None)
+    slope = None if slope is None else jnp.where(see, slope, 0)  # of a NaN that nobody sees
     seen_keys = see.any(axis=2)  # (batch or 1, heads or 1, keys)
     if seen_keys.shape[1] != 1:
         seen_keys = seen_keys.reshape(seen_keys.shape[0], k.shape[1], -1, seen_keys.shape[2])
@@ -132,9 +136,14 @@ def weigh(p: Array, v: Array) -> Array:
     return out.reshape(*p.shape[:3], v.shape[3])
 
 
-def gather(p: Array, x: Array, kv_heads: int) -> Array:
+def gather(problem: Problem, p: Array, x: Array) -> Array:
     """pᵀ x, summed over each group: (b, h·g, queries, keys), (b, h·g, queries, D) → (b, h, keys, D)."""
-    return _product(_fold(p, kv_heads).astype(x.dtype), _fold(x, kv_heads), ((2,), (2,)))
+    heads = p.shape[1] // problem.group
+    p_transposed = _fold(p, heads).swapaxes(2, 3).astype(x.dtype)
+    if problem.platform == "cpu":
+        # XLA would fold the transpose into the product, which on a CPU then takes twice the time.
+        p_transposed = lax.optimization_barrier(p_transposed)
+    return _product(p_transposed, _fold(x, heads), ((3,), (2,)))
 
 
 def _fold(x: Array, kv_heads: int) -> Array:
