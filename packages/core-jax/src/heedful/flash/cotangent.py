@@ -13,6 +13,8 @@ from heedful.flash.scores import (
     queries_of,
     query_key,
     tile_of_scores,
+    unfold_keys,
+    unfold_queries,
     weigh,
     widen,
 )
@@ -56,6 +58,11 @@ def cotangent(
     # Line 19: D = rowsum(dO ∘ O), for all rows at once.
     delta = jnp.sum(out_cotangent.astype(accumulator) * out.astype(accumulator), axis=-1)
     delta = delta - lse_cotangent.astype(accumulator)
+    # A row that sees no key has no gradient: with lse = +inf its p is 0, and 0 is what it then meets.
+    alive = lse > -jnp.inf
+    lse, delta = jnp.where(alive, lse, jnp.inf), jnp.where(alive, delta, 0)
+    q, out_cotangent = (clean(x, alive[..., None]) for x in (operands.q, out_cotangent))
+    operands = operands._replace(q=q)
 
     def head_tile(
         arrays: tuple[Operands, Array, Array, Array], d_bias: tuple[Array, ...]
@@ -68,15 +75,13 @@ def cotangent(
 
             def step(i: Array, carry: Any, masked: bool) -> Any:
                 dq, d_bias, dk, dv = carry
-                row_lse = queries_of(problem, tiles, lse, i)
-                alive = row_lse > -jnp.inf  # a row that sees no key has no gradient
                 q = widen(problem, queries_of(problem, tiles, operands.q, i))
                 do = widen(problem, queries_of(problem, tiles, d_out, i))
-                q, do = clean(q, alive[..., None]), clean(do, alive[..., None])
-                row_delta = jnp.where(alive, queries_of(problem, tiles, delta, i), 0)
+                row_lse = queries_of(problem, tiles, lse, i)
+                row_delta = queries_of(problem, tiles, delta, i)
 
                 s, slope, seen = tile_of_scores(problem, tiles, operands, q, k, i, j, masked)
-                p = jnp.exp(s - jnp.where(alive, row_lse, jnp.inf)[..., None])  # line 13
+                p = jnp.exp(s - row_lse[..., None])  # line 13
                 dv = dv + gather(problem, p, do)  # line 16
                 dp = query_key(do, clean(v, seen))  # line 17
                 ds = p * (dp - row_delta[..., None])  # lines 19 and 20
@@ -84,7 +89,8 @@ def cotangent(
                 if slope is not None:
                     ds = ds * slope
                 begin = start(i, problem.q_length, tiles.queries)
-                rows = cut(dq, 2, begin, tiles.queries) + weigh(ds, clean(k, seen))  # line 21
+                rows = unfold_queries(problem, tiles, weigh(ds, clean(k, seen)))  # line 21
+                rows = cut(dq, 2, begin, tiles.queries) + rows
                 dq = lax.dynamic_update_slice_in_dim(dq, rows, begin, 2)
                 return dq, d_bias, dk + gather(problem, ds, q), dv  # line 22
 
@@ -92,7 +98,7 @@ def cotangent(
             seen = queries_seen(problem, operands, tiles, start(j, problem.kv_length, tiles.keys))
             every = query_tiles if every_tile else None
             dq, d_bias, dk, dv = visit(seen, step, (*carry, dk, dv), every=every)
-            return (dq, d_bias), (dk, dv)
+            return (dq, d_bias), (unfold_keys(tiles, dk), unfold_keys(tiles, dv))
 
         carry = jnp.zeros(operands.q.shape, accumulator), d_bias
         (dq, d_bias), (dk, dv) = lax.scan(key_tile, carry, count_up(key_tiles))

@@ -4,7 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from heedful.flash.scores import clean, keys_of, queries_of, tile_of_scores, weigh, widen
+from heedful.flash.scores import (
+    clean,
+    keys_of,
+    queries_of,
+    tile_of_scores,
+    unfold_queries,
+    weigh,
+    widen,
+)
 from heedful.flash.tiles import (
     Tiles,
     count,
@@ -50,7 +58,7 @@ def forward(
                 # Line 12, but divided by l once at the end, not in every step.
                 return m_new, l_new, shrink[..., None] * out + weigh(p, clean(v, seen))
 
-            rows = q.shape[:3]
+            rows = q.shape[:2]
             # The paper starts m at −inf; the smallest number keeps −inf − (−inf) out of line 10.
             m = jnp.full(rows, smallest, problem.accumulator)
             l = jnp.zeros(rows, problem.accumulator)
@@ -64,6 +72,7 @@ def forward(
             lse = jnp.where(
                 empty, -jnp.inf, m + jnp.log(total)
             )  # line 13 keeps m and l; we, their sum
+            out, lse = (unfold_queries(problem, tiles, x) for x in (out, lse))
             return out.astype(problem.dtype), lse
 
         out, lse = lax.map(query_tile, count_up(query_tiles))

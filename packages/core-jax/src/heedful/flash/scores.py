@@ -1,8 +1,9 @@
 """One tile of scores, and the products that make and use it.
 
-Tiles of queries are (batch, heads, queries, D), of keys (batch, key heads, keys, D), of scores
-(batch, heads, queries, keys). Grouped heads are folded into the rows of a product, so that K and V are
-read as they lie and never repeated.
+Within a tile the heads are folded: a tile of keys is (b·h, keys, D), b batch rows and h key heads; one
+of queries (b·h, g·queries, D), the g query heads that share a key head below one another; one of scores
+(b·h, g·queries, keys). So K and V are read as they lie and never repeated, and every product is a plain
+batch of matrices.
 """
 
 from typing import NamedTuple
@@ -21,8 +22,8 @@ class Tile(NamedTuple):
     Attributes:
         scores: capped, biased, −inf where nothing is visible.
         slope: derivative of the capped score by the uncapped one; None without softcap.
-        seen_keys: which keys somebody in the tile sees, (batch, key heads or 1, keys, 1); None where
-            the tile is not masked.
+        seen_keys: which keys somebody in the tile sees, (b·h, keys, 1); None where the tile is not
+            masked.
     """
 
     scores: Array
@@ -31,13 +32,26 @@ class Tile(NamedTuple):
 
 
 def queries_of(problem: Problem, tiles: Tiles, x: Array, index: Array) -> Array:
-    """Query tile `index` of (batch, heads, Sq, ...)."""
-    return cut(x, 2, start(index, problem.q_length, tiles.queries), tiles.queries)
+    """Query tile `index` of (batch, heads, Sq, ...), folded."""
+    x = cut(x, 2, start(index, problem.q_length, tiles.queries), tiles.queries)
+    heads = x.shape[0] * x.shape[1] // problem.group
+    return x.reshape(heads, problem.group * tiles.queries, *x.shape[3:])
 
 
 def keys_of(problem: Problem, tiles: Tiles, x: Array, index: Array) -> Array:
-    """Key tile `index` of (batch, key heads, Sk, ...)."""
-    return cut(x, 2, start(index, problem.kv_length, tiles.keys), tiles.keys)
+    """Key tile `index` of (batch, key heads, Sk, ...), folded."""
+    x = cut(x, 2, start(index, problem.kv_length, tiles.keys), tiles.keys)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def unfold_queries(problem: Problem, tiles: Tiles, x: Array) -> Array:
+    """(b·h, g·queries, ...) → (b, h·g, queries, ...)."""
+    return x.reshape(tiles.batch, -1, tiles.queries, *x.shape[2:])
+
+
+def unfold_keys(tiles: Tiles, x: Array) -> Array:
+    """(b·h, keys, ...) → (b, h, keys, ...)."""
+    return x.reshape(tiles.batch, -1, *x.shape[1:])
 
 
 def cut_scores(problem: Problem, tiles: Tiles, x: Array, i: Array, j: Array) -> Array:
@@ -50,6 +64,7 @@ def add_tile(
     problem: Problem, tiles: Tiles, total: Array, tile: Array, i: Array, j: Array
 ) -> Array:
     """Adds tile (i, j) of scores to something shaped like all of them, summed where an axis is 1."""
+    tile = unfold_queries(problem, tiles, tile)
     tile = tile.sum(axis=[n for n in range(4) if total.shape[n] == 1], keepdims=True)
     zero = jnp.zeros_like(i)
     row = zero if total.shape[2] == 1 else start(i, problem.q_length, tiles.queries)
@@ -92,10 +107,12 @@ def tile_of_scores(
     if problem.softcap is not None:
         ratio = jnp.tanh(s / problem.softcap)
         s, slope = problem.softcap * ratio, 1 - ratio**2
+    folded = s.shape
+    s = unfold_queries(problem, tiles, s)
     if operands.bias is not None:
         s = s + cut_scores(problem, tiles, operands.bias, i, j).astype(s.dtype)
     if not masked:
-        return Tile(s, slope, None)
+        return Tile(s.reshape(folded), slope, None)
 
     rows = start(i, problem.q_length, tiles.queries) + count_up(tiles.queries)
     columns = start(j, problem.kv_length, tiles.keys) + count_up(tiles.keys)
@@ -110,13 +127,16 @@ def tile_of_scores(
         fresh = (rows >= i * tiles.queries)[None, None, :, None]
         see = fresh if see is None else see & fresh
     if see is None:
-        return Tile(s, slope, None)
-    slope = None if slope is None else jnp.where(see, slope, 0)  # of a NaN that nobody sees
-    seen_keys = see.any(axis=2)  # (batch or 1, heads or 1, keys)
+        return Tile(s.reshape(folded), slope, None)
+    if slope is not None:  # that of a NaN which nobody sees
+        slope = jnp.where(see, unfold_queries(problem, tiles, slope), 0).reshape(folded)
+    seen_keys = see.any(axis=2)  # (batch or 1, heads or 1, keys or 1)
     if seen_keys.shape[1] != 1:
-        seen_keys = seen_keys.reshape(seen_keys.shape[0], k.shape[1], -1, seen_keys.shape[2])
+        seen_keys = seen_keys.reshape(seen_keys.shape[0], -1, problem.group, seen_keys.shape[2])
         seen_keys = seen_keys.any(axis=2)
-    return Tile(jnp.where(see, s, -jnp.inf), slope, seen_keys[..., None])
+    seen_keys = jnp.broadcast_to(seen_keys, (tiles.batch, folded[0] // tiles.batch, folded[2]))
+    s = jnp.where(see, s, -jnp.inf).reshape(folded)
+    return Tile(s, slope, seen_keys.reshape(folded[0], folded[2], 1))
 
 
 def clean(x: Array, seen: Array | None) -> Array:
@@ -125,38 +145,30 @@ def clean(x: Array, seen: Array | None) -> Array:
 
 
 def query_key(q: Array, k: Array) -> Array:
-    """q kᵀ: (b, h·g, queries, D), (b, h, keys, D) → (b, h·g, queries, keys)."""
-    s = _product(_fold(q, k.shape[1]), k, ((3,), (3,)))
-    return s.reshape(*q.shape[:3], k.shape[2])
+    """q kᵀ: (n, queries, D), (n, keys, D) → (n, queries, keys)."""
+    return _product(q, k, contract=(2, 2))
 
 
 def weigh(p: Array, v: Array) -> Array:
-    """p v: (b, h·g, queries, keys), (b, h, keys, D) → (b, h·g, queries, D)."""
-    out = _product(_fold(p, v.shape[1]).astype(v.dtype), v, ((3,), (2,)))
-    return out.reshape(*p.shape[:3], v.shape[3])
+    """p v: (n, queries, keys), (n, keys, D) → (n, queries, D)."""
+    return _product(p.astype(v.dtype), v, contract=(2, 1))
 
 
 def gather(problem: Problem, p: Array, x: Array) -> Array:
-    """pᵀ x, summed over each group: (b, h·g, queries, keys), (b, h·g, queries, D) → (b, h, keys, D)."""
-    heads = p.shape[1] // problem.group
-    p_transposed = _fold(p, heads).swapaxes(2, 3).astype(x.dtype)
-    if problem.platform == "cpu":
-        # XLA would fold the transpose into the product, which on a CPU then takes twice the time.
-        p_transposed = lax.optimization_barrier(p_transposed)
-    return _product(p_transposed, _fold(x, heads), ((3,), (2,)))
+    """pᵀ x: (n, queries, keys), (n, queries, D) → (n, keys, D)."""
+    p = p.astype(x.dtype)
+    if problem.platform != "cpu":
+        return _product(p, x, contract=(1, 1))
+    # XLA would fold the transpose into the product, which on a CPU then takes twice the time.
+    return _product(lax.optimization_barrier(p.swapaxes(1, 2)), x, contract=(2, 1))
 
 
-def _fold(x: Array, kv_heads: int) -> Array:
-    """(b, h·g, rows, n) → (b, h, g·rows, n)."""
-    return x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
-
-
-def _product(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
-    """A product over axes of (b, h, ...) that accumulates in float32, or float64 for float64."""
+def _product(a: Array, b: Array, *, contract: tuple[int, int]) -> Array:
+    """A batch of products that accumulate in float32, or float64 for float64."""
     return lax.dot_general(
         a,
         b,
-        (contract, ((0, 1), (0, 1))),
+        (((contract[0],), (contract[1],)), ((0,), (0,))),
         # Without this, accelerators round float32 operands to fewer bits.
         precision=lax.Precision.HIGHEST,
         preferred_element_type=a.dtype if a.dtype == jnp.float64 else jnp.float32,

@@ -21,6 +21,7 @@ from heedful.flash.scores import (
     queries_of,
     query_key,
     tile_of_scores,
+    unfold_queries,
     weigh,
     widen,
 )
@@ -76,19 +77,22 @@ def tangent(
                 if slope is not None:
                     s_dot = s_dot * slope
                 if bias_dot is not None:
-                    s_dot = s_dot + cut_scores(problem, tiles, bias_dot, i, j).astype(accumulator)
+                    moved = cut_scores(problem, tiles, bias_dot, i, j).astype(accumulator)
+                    s_dot = (unfold_queries(problem, tiles, s_dot) + moved).reshape(s_dot.shape)
                 # Where p is 0, the tangent of the score may be anything, infinity too.
                 p_dot = jnp.where(p > 0, p * s_dot, 0)
                 out_sum = out_sum + weigh(p_dot, v) + weigh(p, dv)
                 return out_sum, lse_sum + p_dot.sum(axis=-1)
 
-            out_sum = jnp.zeros((*q.shape[:3], problem.value_dim), accumulator)
-            lse_sum = jnp.zeros(q.shape[:3], accumulator)
+            out_sum = jnp.zeros((*q.shape[:2], problem.value_dim), accumulator)
+            lse_sum = jnp.zeros(q.shape[:2], accumulator)
             seen = keys_seen(problem, operands, tiles, start(i, problem.q_length, tiles.queries))
             every = key_tiles if every_tile else None
             out_sum, lse_dot = visit(seen, step, (out_sum, lse_sum), every=every)
             row_out = queries_of(problem, tiles, out, i).astype(accumulator)
-            return (out_sum - lse_dot[..., None] * row_out).astype(problem.dtype), lse_dot
+            out_dot = out_sum - lse_dot[..., None] * row_out
+            out_dot, lse_dot = (unfold_queries(problem, tiles, x) for x in (out_dot, lse_dot))
+            return out_dot.astype(problem.dtype), lse_dot
 
         out_dot, lse_dot = lax.map(query_tile, count_up(query_tiles))
         return (join(out_dot, problem.q_length, 2), join(lse_dot, problem.q_length, 2)), ()
