@@ -13,7 +13,7 @@ cases listed in `accepts` may not be refused. Keys that no query sees hold NaN a
 
 The environment variable HEEDFUL_REQUIRE_BACKENDS, names separated by commas, says which backends a run
 is about: a torch backend not named is left out, one named that cannot run here fails. Without it, a
-backend that cannot run here is skipped, and the skip says why.
+backend that cannot run here is skipped, and the skip says why; one that `needs_gpu` runs by `-m gpu`.
 """
 
 import os
@@ -331,12 +331,14 @@ class Contract:
     )
     cases = CASES + FORMS
 
-    def __init_subclass__(cls, examples=10):
+    def __init_subclass__(cls, examples=10, needs_gpu=False):
         cls.test_any_combination = settings(max_examples=examples, phases=[Phase.generate])(
             given(combination=combinations())(_any_combination)
         )
-        other = REQUIRED is not None and cls.backend not in REQUIRED
-        cls.__test__ = not (other and cls.backend.startswith("torch:"))
+        required = cls.backend in (REQUIRED or ())
+        cls.__test__ = required or REQUIRED is None or not cls.backend.startswith("torch:")
+        if needs_gpu and not required:
+            cls.pytestmark = [pytest.mark.gpu]
 
     @pytest.fixture(autouse=True)
     def runs_here(self):
@@ -379,7 +381,9 @@ def agrees_or_refuses(caller, backend, accepts, case):
         q, k, v, out_cotangent = case.operands()
         lse_cotangent = case.lse_cotangent() if "lse" in accepts else None
         expected = reference.attention(q, k, v, out_cotangent, lse_cotangent, **case.options)
-        if not np.isinf(np.asarray(case.options.get("bias", 0), np.float64)).any():  # which hides a key, but not its NaN
+        if not np.isinf(
+            np.asarray(case.options.get("bias", 0), np.float64)
+        ).any():  # which hides a key, but not its NaN
             k, v = poison(k, v, unseen=(expected[4] == 0).all(axis=-1))
         arrays = {
             name: caller.array(x) for name, x in case.options.items() if isinstance(x, np.ndarray)

@@ -1,13 +1,13 @@
 """Torch's backends through the contract, and every crossing between torch, JAX and NumPy."""
 
-import pytest
 from callers import JaxCaller, NumpyCaller, TorchCaller
-from contract import EVERYTHING, ONE_OF_EACH_GROUP, Contract
+from contract import EVERYTHING, ONE_OF_EACH_GROUP, REQUIRED, Contract
 
 
 class TestSdpaMath(Contract, examples=100):
     backend = "torch:sdpa-math"
     caller = TorchCaller()
+    accepts = EVERYTHING - {"lse", "softcap", "together"}
 
 
 class TestSdpaFlash(Contract, examples=100):
@@ -16,23 +16,22 @@ class TestSdpaFlash(Contract, examples=100):
     accepts = EVERYTHING - {"softcap", "together"}
 
 
-@pytest.mark.gpu
-class TestSdpaEfficient(Contract, examples=100):
+class TestSdpaEfficient(Contract, examples=100, needs_gpu=True):
     backend = "torch:sdpa-efficient"
-    caller = TorchCaller("cuda")
-    accepts = frozenset({"float16", "bfloat16"})
+    caller = TorchCaller(on_gpu=True)
+    accepts = frozenset({"lse", "bfloat16", "float16"})
 
 
-@pytest.mark.gpu
-class TestSdpaCudnn(Contract, examples=100):
+class TestSdpaCudnn(Contract, examples=100, needs_gpu=True):
     backend = "torch:sdpa-cudnn"
-    caller = TorchCaller("cuda")
-    accepts = frozenset({"float16", "bfloat16"})
+    caller = TorchCaller(on_gpu=True)
+    accepts = frozenset({"lse"})
 
 
 class TestSdpaMathFromJax(Contract):
     backend = "torch:sdpa-math"
     caller = JaxCaller()
+    accepts = TestSdpaMath.accepts
     cases = ONE_OF_EACH_GROUP
 
 
@@ -60,3 +59,8 @@ class TestOracleFromTorch(Contract):
     backend = "numpy:oracle"
     caller = TorchCaller()
     cases = ONE_OF_EACH_GROUP
+
+
+def test_every_required_backend_is_tested():
+    required = {name for name in REQUIRED or () if name.startswith("torch:")}
+    assert required <= {contract.backend for contract in Contract.__subclasses__()}

@@ -368,6 +368,16 @@ def _(problem, operands):
     return out, _lse_in_torch(problem, q, k).detach()
 
 
+@broken("torch:writes-into-q", caught_in="full", wrong={None}, says="wrote into q")
+def _(problem, operands):
+    q, k, v = operands[:3]
+    with torch.no_grad():
+        q.mul_(problem.scale)
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0), _lse_in_torch(
+        replace(problem, scale=1.0), q, k
+    )
+
+
 @broken("torch:out-cut-off", caught_in="full", wrong={"dq", "dk", "dv"})
 def _(problem, operands):
     """Keeps no graph at all, as a kernel called without its autograd.Function."""

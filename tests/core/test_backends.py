@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from callers import NumpyCaller
-from contract import CASES, EVERYTHING, ONE_OF_EACH_GROUP, Contract
+from contract import CASES, EVERYTHING, ONE_OF_EACH_GROUP, REQUIRED, Contract
 
 
 class TestOracle(Contract, examples=100):
@@ -40,8 +40,7 @@ class TestNnXla(Contract):
             yield
 
 
-@pytest.mark.gpu
-class TestNnCudnn(Contract):
+class TestNnCudnn(Contract, needs_gpu=True):
     backend = "jax:nn-cudnn"
     accepts = frozenset({"float16", "bfloat16"})
 
@@ -55,3 +54,8 @@ class TestFlashFromNumpy(Contract):
     backend = "jax:flash"
     caller = NumpyCaller()
     cases = ONE_OF_EACH_GROUP
+
+
+def test_every_required_backend_is_tested():
+    required = {name for name in REQUIRED or () if not name.startswith("torch:")}
+    assert required <= {contract.backend for contract in Contract.__subclasses__()}

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from definition import visible_by_definition
+from hypothesis import given
+from hypothesis import strategies as st
+
 from heedful.flash import flash
 from heedful.flash.autodiff import RESIDUALS
 from heedful.flash.forward import forward
 from heedful.flash.tiles import TILE_BYTES, Tiles, keys_seen, queries_seen, start, tile_sizes
 from heedful.plain import plain
 from heedful.problem import Problem
-from hypothesis import given
-from hypothesis import strategies as st
 
 TILES = Tiles(batch=1, kv_heads=1, queries=16, keys=24)
 

@@ -58,7 +58,9 @@ def crosscheck(
 
     Exit status: 0 all agree, 1 somebody disagrees, 2 it could not run.
     """
-    import heedful_torch.crosscheck as judge  # here, since torch and JAX take seconds to import
+    from heedful_torch import (
+        crosscheck as judge,  # here, since torch and JAX take seconds to import
+    )
 
     _import(imports or [])
     _check_writable(json_path)
@@ -76,11 +78,9 @@ def crosscheck(
                     task, completed=done, total=total, description=what
                 ),
             )
-    except (
-        ValueError
-    ) as error:  # an unknown name or a malformed file; what backends raise is judged
+    except ValueError as error:  # a name or a file; what a backend raises is judged instead
         _stop(str(error))
-    wide = None if sys.stdout.isatty() else judge.WIDTH
+    wide = None if sys.stdout.isatty() else judge.report.WIDTH
     Console(width=wide).print(report)
     json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     typer.echo(f"The same as JSON: {json_path}")

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 
 import heedful
 from heedful_torch.crosscheck.cases import Case, InputError, everything, load, select
-from heedful_torch.crosscheck.report import WIDTH, Report
+from heedful_torch.crosscheck.report import Report
 from heedful_torch.crosscheck.run import DTYPES, Failure, Outcome, Progress, collect_outcomes
 
-__all__ = ["WIDTH", "Case", "Failure", "InputError", "Outcome", "Report", "crosscheck", "load"]
+__all__ = ["Case", "Failure", "InputError", "Outcome", "Report", "crosscheck", "load"]
 
 
 def crosscheck(

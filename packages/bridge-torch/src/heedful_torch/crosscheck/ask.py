@@ -141,6 +141,7 @@ def _ask_torch(
             materialize_grads=True,
         )
         gradients = dict(zip(leaves, found, strict=True))
+    _check_unwritten(arrays, {n: to_array(x) for n, x in leaves.items()})
     return [to_array(x) for x in results], {n: to_array(x) for n, x in gradients.items()}
 
 
@@ -148,7 +149,9 @@ def _ask_numpy(
     backend: str, question: Question, arrays: Named, options: Named
 ) -> tuple[list[np.ndarray], Tensors]:
     """NumPy differentiates nothing: a NumPy backend's own `gradients` stand for it."""
+    given, arrays = arrays, {n: x.copy() for n, x in arrays.items()}
     results = _as_tuple(heedful.attention(**arrays, **options, backend=backend))
+    _check_unwritten(given, arrays)
     instance = heedful.backends()[backend]
     if framework(backend) != "numpy" or not hasattr(instance, "gradients"):
         return list(results), {}
@@ -163,16 +166,23 @@ def _ask_numpy(
     return list(results), gradients
 
 
+def _check_unwritten(given: Tensors, now: Tensors) -> None:
+    for name, x in given.items():
+        if x.tobytes() != now[name].tobytes():
+            raise RuntimeError(f"the call wrote into {name}, which is the caller's")
+
+
 # NumPy to torch and back: torch knows no NumPy bfloat16, so its bits travel as integers.
 
 
 def to_tensor(x: np.ndarray) -> torch.Tensor:
     """A copy, on the GPU where torch has one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = np.array(x, order="C")  # torch must not write into an array that others are asked with
-    if x.dtype.name == "bfloat16":
-        return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(x).to(device)
+    bits = x.view(np.uint16) if x.dtype.name == "bfloat16" else x
+    # A copy, so that nobody writes into an array that others are asked with; and one by torch, whose
+    # memory is aligned as JAX wants it.
+    tensor = torch.from_numpy(np.ascontiguousarray(bits)).clone()
+    return (tensor.view(torch.bfloat16) if bits is not x else tensor).to(device)
 
 
 def to_array(x: torch.Tensor) -> np.ndarray:

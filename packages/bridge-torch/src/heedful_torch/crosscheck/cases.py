@@ -123,7 +123,7 @@ class Sizes(NamedTuple):
 MANY_KEYS = Sizes()
 MANY_QUERIES = Sizes(q_length=133, kv_length=70)
 # Crosses several tiles of every kernel here, queries and keys both, with a partial tile at the end.
-LONG = Sizes(batch=1, q_heads=4, kv_heads=2, q_length=601, kv_length=733)
+LONG = Sizes(batch=1, q_heads=3, kv_heads=1, q_length=1031, kv_length=1300)
 
 ArrayOption = Callable[[np.random.Generator, Sizes], np.ndarray]
 
@@ -222,7 +222,7 @@ MATRIX: dict[str, dict[str, dict[str, Any]]] = {
         "causal-tall": {"make": normal(MANY_QUERIES), "options": CAUSAL},
         "window-tall": {
             "make": normal(MANY_QUERIES),
-            "options": {"window": (9, 4), "q_offset": -30},
+            "options": {"window": (None, 4), "q_offset": -30},
         },
         "mask-empty": {"make": normal(mask=mask_with_empty_rows)},
         "kv-length-zero": {"make": normal(kv_lengths=integers(0, 133))},
@@ -231,6 +231,7 @@ MATRIX: dict[str, dict[str, dict[str, Any]]] = {
         "gqa": {"make": normal(GROUPED)},
         "gqa-bshd": {"make": normal(GROUPED), "options": {**CAUSAL, "layout": "bshd"}},
         "mqa-causal": {"make": normal(MANY_KEYS._replace(kv_heads=1)), "options": CAUSAL},
+        "head-dim": {"make": normal(MANY_KEYS._replace(head_dim=80, value_dim=80))},
         "value-dim": {"make": normal(MANY_KEYS._replace(value_dim=48))},
     },
     "scores": {

@@ -46,9 +46,8 @@ WORST_ROW_TIMES = 4
 PLAIN_TIMES = 2
 SIGMAS = 6
 
-TILE = (
-    128  # rows; a failure names the tile it lies in, and most kernels' tiles are this or divide it
-)
+# Rows. A failure names the tile it lies in; most kernels' tiles are this or divide it.
+TILE = 128
 
 
 class Errors(NamedTuple):

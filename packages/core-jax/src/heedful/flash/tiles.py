@@ -15,9 +15,10 @@ from jax import lax
 
 from heedful.problem import Array, Operands, Problem
 
-# One tile of scores, all its heads counted, should stay in a CPU's cache. Measured on 8 heads of 2048 × 64
-# in float32 on one core with 1 MiB of L2: 512 × 512 for two heads at a time is within 6 % of torch's own
-# kernel forward and backward; 256 × 512 for all eight loses 20 % backward, 1024 × 1024 for one half.
+# One tile of scores, all its heads counted, should stay in a CPU's cache. Measured on 8 heads of
+# 2048 × 64 in float32, on one core with 1 MiB of L2: 512 × 512 for two heads at a time is within 6 %
+# of torch's own kernel, forward and backward; 256 × 512 for all eight is 20 % slower backward, and
+# 1024 × 1024 for one head takes twice the time.
 TILE_BYTES = 2 * 2**20
 TILE_QUERIES = 512
 TILE_KEYS = 512
