@@ -194,15 +194,18 @@ def _(problem, operands):
 
 @broken("jax:bfloat16-sums", caught_in="long", wrong={"out"}, dtypes=("float32", *HALVES))
 def _(problem, operands):
-    """Adds up 16 keys at a time in bfloat16."""
+    """Adds up 20 keys at a time in bfloat16."""
     scores, seen = _scores(problem, operands)
     out, lse = _attend(problem, operands, scores, seen)
-    weights = jax.nn.softmax(scores)
+    weights = jax.nn.softmax(scores).reshape(*out.shape[:3], -1, 20)
     v = jnp.repeat(operands.v.astype(jnp.float32), problem.group, 1)
-    total = jnp.zeros(out.shape, jnp.bfloat16)
-    for j in range(0, problem.kv_length, 16):
-        part = jnp.einsum("bhij,bhjd->bhid", weights[..., j : j + 16], v[:, :, j : j + 16])
-        total = (total.astype(jnp.float32) + part).astype(jnp.bfloat16)
+    v = v.reshape(*out.shape[:2], -1, 20, problem.value_dim)
+    parts = jnp.einsum("bhitj,bhtjd->tbhid", weights, v)
+
+    def add(total, part):
+        return (total.astype(jnp.float32) + part).astype(jnp.bfloat16), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(out.shape, jnp.bfloat16), parts)
     return _with_gradient_of(out, total.astype(problem.dtype)), lse
 
 

@@ -19,6 +19,7 @@ class TestPlain(Contract):
 
 class TestFlash(Contract):
     backend = "jax:flash"
+    cases = CASES
 
 
 class TestNnXla(Contract):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from textwrap import dedent
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -107,8 +106,7 @@ def test_importing_does_not_start_jax():
 # The quickstart of flash-attention-jax, on shorter sequences
 
 
-@pytest.mark.parametrize("mask_dtype", ["bool", "int32"])
-@pytest.mark.parametrize("shape", [(300, 64), (2, 3, 130, 64)])
+@pytest.mark.parametrize(("shape", "mask_dtype"), [((300, 64), "int32"), ((2, 3, 130, 64), "bool")])
 def test_quickstart(shape, mask_dtype):
     q, k, v = random.normal(random.key(42), (3, *shape))
     mask = random.randint(random.key(42), (*shape[:-3], shape[-2]), 0, 2).astype(mask_dtype)
@@ -157,17 +155,15 @@ SMALL = {"heads": 1, "q_seq_len": 5, "k_seq_len": 7, "dim": 8}
 
 def scaled(factor):
     def attend(q, k, v, mask=None):
-        return heedful.attention(q, k, v, mask=mask, backend="jax:plain") * factor
+        return factor * (q @ k.swapaxes(2, 3) @ v)
 
     return attend
 
 
 def test_differences_are_the_largest_absolute_ones():
     out, gradients = value_and_grad_difference(scaled(1), scaled(3), **SMALL)
-    zero, zeros = value_and_grad_difference(scaled(1), scaled(1), **SMALL)
     once, once_each = value_and_grad_difference(scaled(0), scaled(1), **SMALL)
-    assert zero == 0
-    assert zeros == (0, 0, 0)
+    assert value_and_grad_difference(scaled(1), scaled(1), **SMALL) == (0, (0, 0, 0))
     assert out == pytest.approx(2 * once, rel=1e-5)
     assert gradients == pytest.approx([2 * x for x in once_each], rel=1e-5)
 
@@ -177,24 +173,17 @@ def test_inputs_follow_the_seed_and_the_sizes():
 
     def attend(q, k, v, mask=None):
         seen.append((q.shape, k.shape, v.shape, None if mask is None else mask.shape))
-        return q * v.sum() * k.sum()
+        return scaled(1)(q, k, v)
 
-    def result(**options):
-        return value_and_grad_difference(attend, lambda q, k, v, *_: q * 0, **(SMALL | options))
+    def out_difference(**options):
+        return value_and_grad_difference(attend, scaled(0), **(SMALL | options))[0]
 
-    assert result(seed=1) == result(seed=1)
-    assert result(seed=1) != result(seed=2)
-    result(batch=3, heads=2, add_key_mask=False)
+    assert out_difference(seed=1) == out_difference(seed=1) != out_difference(seed=2)
     assert seen[0] == ((1, 1, 5, 8), (1, 1, 7, 8), (1, 1, 7, 8), (1, 7))
+    out_difference(batch=3, heads=2, add_key_mask=False)
     assert seen[-1] == ((3, 2, 5, 8), (3, 2, 7, 8), (3, 2, 7, 8), None)
 
 
 def test_outputs_of_two_shapes_are_not_compared():
     with pytest.raises(ValueError, match="f and g must return out of one shape"):
         value_and_grad_difference(scaled(1), lambda q, k, v, mask: q.swapaxes(1, 2), **SMALL)
-
-
-def test_differentiates_whatever_x64_says():
-    with jax.enable_x64(True):
-        out, _ = value_and_grad_difference(scaled(1), scaled(1), **SMALL)
-    assert out == 0

@@ -1,0 +1,123 @@
+"""What `jax:nn-xla` and `jax:nn-cudnn` refuse, and why; what they compute is in test_backends."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from heedful import Problem
+from heedful.backends import jax_nn_cudnn, jax_nn_xla
+
+
+def problem(dtype="bfloat16", platform="gpu", Sq=6, Sk=8, D=16, Dv=16, **options):
+    q = jnp.zeros((2, 4, Sq, D), jnp.bfloat16)
+    k, v = (jnp.zeros((2, 2, Sk, size), jnp.bfloat16) for size in (D, Dv))
+    return replace(Problem.of(q, k, v, **options), dtype=dtype, platform=platform)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes reasons believe in a GPU of some compute capability."""
+
+    def gpu(capability):
+        monkeypatch.setattr(jax_nn_cudnn, "compute_capability", lambda: capability)
+
+    gpu((9, 0))
+    return gpu
+
+
+BIAS = np.zeros((6, 8), jnp.bfloat16)
+LENGTHS = np.array([6, 3], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reasons"),
+    [
+        ({}, []),
+        ({"Sq": 5, "Sk": 7}, []),
+        ({"causal": "top_left", "Sq": 5, "kv_lengths": LENGTHS}, []),
+        ({"causal": True}, []),
+        ({"bias": BIAS, "mask": np.ones((2, 8), bool), "window": (3, None)}, []),
+        ({"softcap": 3.0}, ["jax.nn.dot_product_attention has no softcap"]),
+        (
+            {"return_lse": True},
+            [
+                "jax.nn.dot_product_attention stops the gradient of its log-sum-exp and rounds it to "
+                "q's dtype"
+            ],
+        ),
+        (
+            {"Dv": 8},
+            [
+                "jax.nn.dot_product_attention takes no value head size of its own: Dv = 8, D = 16",
+            ],
+        ),
+        (
+            {"dtype": "float32"},
+            ["cuDNN's attention takes float16 and bfloat16, not float32"],
+        ),
+        ({"Sk": 0}, ["cuDNN takes no empty arrays"]),
+        (
+            {"bias": BIAS.astype(np.float32)},
+            ["cuDNN takes a bias of q's dtype alone, not float32"],
+        ),
+        (
+            {"causal": True, "Sq": 5},
+            [
+                "cuDNN's gradient with a bias, which is what hides keys here, needs even lengths: "
+                "Sq = 5, Sk = 8"
+            ],
+        ),
+        (
+            {"D": 12, "Dv": 12},
+            ["cuDNN's attention takes head sizes up to 256 that are multiples of 8, not 12"],
+        ),
+        ({"platform": "tpu"}, ["cuDNN runs on NVIDIA GPUs alone; q lies on tpu"]),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_cudnn(asked, reasons):
+    assert jax_nn_cudnn.backend.reasons(problem(**asked)) == reasons
+
+
+def test_cudnn_asks_what_gpu_there_is(gpu):
+    wide = problem(D=256, Dv=256)
+    assert jax_nn_cudnn.backend.reasons(wide) == []
+    gpu((8, 6))
+    assert jax_nn_cudnn.backend.reasons(wide) == [
+        "cuDNN's attention takes head sizes up to 128 that are multiples of 8, not 256"
+    ]
+    gpu((7, 5))
+    assert jax_nn_cudnn.backend.reasons(problem()) == [
+        "cuDNN's attention needs a GPU of compute capability 8.0 or more; this one has 7.5"
+    ]
+    gpu(None)
+    assert jax_nn_cudnn.backend.reasons(problem()) == [
+        "cuDNN runs on NVIDIA GPUs alone; this GPU is none of theirs"
+    ]
+
+
+def test_every_reason_is_told():
+    asked = {"softcap": 1.0, "return_lse": True, "Dv": 8, "platform": "cpu", "dtype": "float32"}
+    assert len(jax_nn_cudnn.backend.reasons(problem(**asked, Sk=0))) == 6
+    assert len(jax_nn_xla.backend.reasons(problem(**asked))) == 3
+
+
+def test_xla_takes_half_precision_where_jax_does():
+    reasons = jax_nn_xla.backend.reasons
+    assert reasons(problem("bfloat16", "cpu")) == [
+        "jax.nn.dot_product_attention promotes bfloat16 to float32 implicitly, which "
+        'jax_numpy_dtype_promotion="strict" forbids'
+    ]
+    with jax.numpy_dtype_promotion("standard"):
+        assert reasons(problem("bfloat16", "cpu")) == []
+        assert reasons(problem("float16", "gpu")) == []
+        assert reasons(problem("float16", "cpu")) == [
+            "jax.nn.dot_product_attention asks XLA for the product F16_F16_F32, which XLA has on GPUs "
+            "alone; q lies on cpu"
+        ]
+        assert reasons(problem("float64", "cpu")) == [
+            "jax.nn.dot_product_attention computes every softmax in float32"
+        ]
