@@ -1,6 +1,6 @@
 """Speed of attention on this machine's CPU: heedful's JAX backends, jax.nn and torch SDPA in one run.
 
-    python benchmarks/attention.py [--rounds 7] [--json PATH]
+    python benchmarks/attention.py [--rounds 5] [--json PATH]
 
 Every round times every contestant once, so that a machine whose speed drifts slows all alike; the
 figures are medians over the rounds, and ratios are medians of the ratios within a round. Every output
@@ -166,7 +166,7 @@ def environment() -> dict[str, str]:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here too.")
     ] = None,
