@@ -49,7 +49,7 @@ class TestSdpaFlashFromNumpy(Contract):
     cases = ONE_OF_EACH_GROUP
 
 
-class TestFlashFromTorch(Contract):
+class TestFlashFromTorch(Contract, examples=3):
     backend = "jax:flash"
     caller = TorchCaller()
     cases = ONE_OF_EACH_GROUP

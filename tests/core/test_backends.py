@@ -46,12 +46,12 @@ class TestNnCudnn(Contract, needs_gpu=True):
     accepts = frozenset({"float16", "bfloat16"})
 
 
-class TestOracleFromJax(Contract):
+class TestOracleFromJax(Contract, examples=3):
     backend = "numpy:oracle"
     cases = ONE_OF_EACH_GROUP
 
 
-class TestFlashFromNumpy(Contract):
+class TestFlashFromNumpy(Contract, examples=3):
     backend = "jax:flash"
     caller = NumpyCaller()
     cases = ONE_OF_EACH_GROUP

@@ -104,7 +104,7 @@ class Problem:
         mask                       True; broadcastable to (B, Hq, Sq, Sk), or (B, Sk) for keys alone
 
     A query that sees no key gives out 0, lse −inf and no gradient, whatever stands in K and V. So does
-    one whose every visible key has a bias of −inf.
+    one whose every visible key has a bias of −inf, if K and V are finite there.
 
     Precision: products accumulate in float32 (float64 for float64); out has q's dtype, lse is float32
     (float64) of shape (B, Hq, Sq) in either layout. out and lse are both differentiable in q, k, v
