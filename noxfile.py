@@ -26,7 +26,7 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
     """Runs a program of the shared environment."""
     path = session.cache_dir.parent / "environment" / "bin" / program
     if not path.exists():
-        session.skip("the session `environment`, which this one needs, did not run")
+        session.error("the session `environment`, which this one needs, did not run: see above why")
     session.run(str(path), *arguments, external=True)
 
 

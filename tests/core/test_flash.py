@@ -122,6 +122,17 @@ def test_second_order_in_every_composition_is_that_of_plain():
         )
 
 
+def test_a_nan_that_is_seen_is_not_hidden_from_the_gradients():
+    _, _, moving, loss = ask(causal=True)
+    poisoned = moving | {"q": moving["q"].at[0, 0, 20, 0].set(jnp.nan)}
+    expected = jax.grad(partial(loss, plain))(poisoned)
+    assert jnp.isnan(expected["q"][0, 0, 20]).all() and jnp.isnan(expected["k"][0, 0, :34]).all()
+    for attend in (small_flash, flash):
+        got = jax.grad(partial(loss, attend))(poisoned)
+        assert jnp.isnan(got["q"][0, 0, 20]).all() and jnp.isnan(got["k"][0, 0, :34]).all()
+        assert jnp.isfinite(got["q"][1]).all() and jnp.isfinite(got["v"][1]).all()
+
+
 @pytest.mark.parametrize("moved", ["q", "kv", "bias", "everything"])
 def test_vmap_is_a_loop(moved):
     bias = np.ones((1, 4, 1, 50))

@@ -304,7 +304,7 @@ WRONG = {
     "scale": (
         {"scale": float("nan")},
         ValueError,
-        "scale must be finite. Got nan. For the default, D**-0.5, pass None.",
+        "scale must be finite, in float32 too. Got nan. For the default, D**-0.5, pass None.",
     ),
     "softcap of the wrong kind": (
         {"softcap": True},

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from heedful import numpy_bridge
-from heedful.problem import Array, Operands, Problem
+from heedful.problem import Array, Operands, Problem, dtype_of
 
 BACKENDS = "heedful.backends"
 BRIDGES = "heedful.bridges"
@@ -160,7 +160,7 @@ def _backend(name: str) -> Backend:
         raise ValueError(f"no backend is named {name!r}. There are {', '.join(_names())}.")
     try:
         backend: Backend = _load(BACKENDS, name)
-    except ImportError as error:
+    except Exception as error:  # whatever a broken package raises, the others must go on
         return _NotImported(name, f"cannot be imported: {error}")
     _check_backend(backend)
     if backend.name != name:
@@ -170,7 +170,7 @@ def _backend(name: str) -> Backend:
     return backend
 
 
-@dataclass
+@dataclass(eq=False)  # hashable, as backends are
 class _NotImported:
     """Stands for an installed backend whose package lacks something: it refuses and says what."""
 
@@ -197,7 +197,7 @@ _preferred: ContextVar[tuple[str, ...] | None] = ContextVar("heedful_backend", d
 @contextmanager
 def use_backend(name: str | Sequence[str]) -> Iterator[None]:
     """Within the block, calls without `backend=` use this backend, or the first able one of a list."""
-    token = _preferred.set(_as_names(name))
+    token = _preferred.set(_as_names(name, "asked for by use_backend"))
     try:
         yield
     finally:
@@ -241,7 +241,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _as_names(backend: str | Sequence[str]) -> tuple[str, ...]:
+def _as_names(backend: str | Sequence[str], source: str) -> tuple[str, ...]:
     names: tuple[str, ...] = ()
     if isinstance(backend, Sequence):
         names = (backend,) if isinstance(backend, str) else tuple(backend)
@@ -251,18 +251,21 @@ def _as_names(backend: str | Sequence[str]) -> tuple[str, ...]:
         )
     for name in names:
         if name not in _names():
-            raise ValueError(f"no backend is named {name!r}. There are {', '.join(_names())}.")
+            raise ValueError(
+                f"no backend is named {name!r}. There are {', '.join(_names())}. It was {source}."
+            )
     return names
 
 
 def _wanted(backend: str | Sequence[str] | None) -> tuple[tuple[str, ...] | None, str]:
     """The names that are asked for, None for the automatic choice, and who asks."""
     if backend is not None:
-        return _as_names(backend), "asked for by backend="
+        return _as_names(backend, source := "asked for by backend="), source
     if (preferred := _preferred.get()) is not None:
         return preferred, "asked for by use_backend"
     if text := os.environ.get(ENVIRONMENT):
-        return _as_names([name.strip() for name in text.split(",")]), f"asked for by {ENVIRONMENT}"
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        return _as_names(names, source := f"asked for by {ENVIRONMENT}"), source
     return None, "the automatic choice"
 
 
@@ -351,5 +354,23 @@ def run(backend: Backend, problem: Problem, operands: Operands) -> tuple[Array, 
     """Computes the problem on the caller's arrays, across a bridge where the frameworks differ."""
     bridge = bridge_between(problem.framework, backend.name.partition(":")[0])
     if bridge is None:
-        return backend.run(problem, operands)
-    return bridge.run(backend, problem, operands)
+        out, lse = backend.run(problem, operands)
+    else:
+        out, lse = bridge.run(backend, problem, operands)
+    _check_result(backend, problem, out, lse)
+    return out, lse
+
+
+def _check_result(backend: Backend, problem: Problem, out: Array, lse: Array | None) -> None:
+    rows = (problem.batch, problem.q_heads, problem.q_length)
+    expected: dict[str, tuple[Array, tuple[int, ...], str]]
+    expected = {"out": (out, (*rows, problem.value_dim), problem.dtype)}
+    if problem.return_lse:
+        expected["lse"] = (lse, rows, problem.accumulator)
+    for name, (x, shape, dtype) in expected.items():
+        if x is None or tuple(x.shape) != shape or dtype_of(x) != dtype:
+            got = "None" if x is None else f"{tuple(x.shape)} of {dtype_of(x)}"
+            raise TypeError(
+                f"{backend.name} must return {name} of shape {shape} and dtype {dtype}. Got {got}. "
+                "The backend breaks the protocol of heedful.Backend."
+            )

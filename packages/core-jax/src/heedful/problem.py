@@ -101,7 +101,8 @@ class Problem:
         causal                     j ≤ p_i
         window=(left, right)       p_i − left ≤ j ≤ p_i + right, a side that is None is open
         q_lengths, kv_lengths      i < q_lengths[b], j < kv_lengths[b]
-        mask                       True; broadcastable to (B, Hq, Sq, Sk), or (B, Sk) for keys alone
+        mask                       True; broadcastable to (B, Hq, Sq, Sk), or, beside q of rank 4,
+                                   (B, Sk) for keys alone
 
     A query that sees no key gives out 0, lse −inf and no gradient, whatever stands in K and V. So does
     one whose every visible key has a bias of −inf, if K and V are finite there.
@@ -123,8 +124,9 @@ class Problem:
         window: (left, right), or None.
         q_offset: the offset where it is one number known beforehand; None where it comes from the
             operand `q_offset` or from the lengths. 0 where neither causal nor window asks for it.
-        mask, bias, lengths of q and kv, offset: shapes of the operands in canonical form, or None.
+        mask_shape, bias_shape: of the operands in canonical form, or None.
         bias_dtype: of bias, or None.
+        q_lengths, kv_lengths: whether they are given.
         return_lse: whether lse is asked for.
     """
 
@@ -262,7 +264,7 @@ class Problem:
         )
 
     def canonical(self, q: Array, k: Array, v: Array, **options: Unpack[Options]) -> Operands:
-        """The arrays of the call this problem was made of, in canonical form: views, no copies.
+        """The arrays of the call this problem was made of, in canonical form: views, if strides allow.
 
         Lengths and offsets alone are converted, to int32: in the narrow or unsigned types that they
         may come in, their differences would wrap.
@@ -272,6 +274,11 @@ class Problem:
                 range, where the values can be read without waiting for a device: CPU arrays outside
                 of a trace.
         """
+        if isinstance(q, jax.ShapeDtypeStruct):
+            raise TypeError(
+                "attention computes, and needs arrays. Got jax.ShapeDtypeStruct. "
+                "To ask what would happen call heedful.explain; for shapes, jax.eval_shape."
+            )
         mask, bias = options.get("mask"), options.get("bias")
         q_lengths, kv_lengths = options.get("q_lengths"), options.get("kv_lengths")
         q_offset: Any = options.get("q_offset") if self.q_offset is None else None
@@ -320,7 +327,7 @@ def framework_of(x: Array) -> str | None:
     """Whose array: "numpy", "jax" (tracers and ShapeDtypeStruct too), "torch"; None for no array."""
     if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return "jax"
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):  # its mask would be lost
         return "numpy"
     if any(t.__module__ == "torch" and t.__name__ == "Tensor" for t in type(x).__mro__):
         return "torch"
@@ -502,7 +509,7 @@ def _score_shape(
     if fitted is None:
         full = (*(lead or (1,)), *scores[1:])
         forms = f"be broadcastable to (B, Hq, Sq, Sk) = {full}"
-        if name == "mask":
+        if name == "mask" and len(lead) == 1:
             forms += f", or be (B, Sk) = {(scores[0], scores[3])}"
         raise ValueError(f"{name} must {forms}. Got {tuple(x.shape)}. Each axis is full or 1.")
     return fitted
@@ -625,9 +632,10 @@ def _check_scale(scale: Any, default: float) -> float:
         raise TypeError(
             f"scale must be a Python number. Got {scale!r}. To learn it, multiply q by it instead."
         )
-    if not math.isfinite(scale):
+    if not abs(scale) <= np.finfo(np.float32).max:
         raise ValueError(
-            f"scale must be finite. Got {scale!r}. For the default, D**-0.5, pass None."
+            f"scale must be finite, in float32 too. Got {scale!r}. "
+            "For the default, D**-0.5, pass None."
         )
     return float(scale)
 

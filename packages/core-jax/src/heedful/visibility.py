@@ -17,14 +17,13 @@ def _column(per_batch: Array) -> Array:
 
 
 def q_offset(problem: Problem, operands: Operands) -> Any:
-    """The place of query 0 among the keys: a number, or (B, 1, 1, 1) where rows differ."""
+    """The place of query 0 among the keys: a number, or (B,) where rows differ."""
     if problem.q_offset is not None:
         return problem.q_offset
     if operands.q_offset is not None:
-        return _column(operands.q_offset)
-    kv = problem.kv_length if operands.kv_lengths is None else _column(operands.kv_lengths)
-    q = problem.q_length if operands.q_lengths is None else _column(operands.q_lengths)
-    return kv - q
+        return operands.q_offset
+    kv = problem.kv_length if operands.kv_lengths is None else operands.kv_lengths
+    return kv - (problem.q_length if operands.q_lengths is None else operands.q_lengths)
 
 
 def visible(problem: Problem, operands: Operands, rows: Array, columns: Array) -> Array | None:
@@ -40,7 +39,8 @@ def visible(problem: Problem, operands: Operands, rows: Array, columns: Array) -
     left, right = problem.band
     conditions = []
     if problem.positional:
-        p = i + q_offset(problem, operands)
+        offset = q_offset(problem, operands)
+        p = i + (offset if isinstance(offset, int) else _column(offset))
         if left is not None:
             conditions.append(j >= p - left)
         if right is not None:

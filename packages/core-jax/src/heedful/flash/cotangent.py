@@ -59,7 +59,7 @@ def cotangent(
     delta = jnp.sum(out_cotangent.astype(accumulator) * out.astype(accumulator), axis=-1)
     delta = delta - lse_cotangent.astype(accumulator)
     # A row that sees no key has no gradient: with lse = +inf its p is 0, and 0 is what it then meets.
-    alive = lse > -jnp.inf
+    alive = lse != -jnp.inf
     lse, delta = jnp.where(alive, lse, jnp.inf), jnp.where(alive, delta, 0)
     q, out_cotangent = (clean(x, alive[..., None]) for x in (operands.q, out_cotangent))
     operands = operands._replace(q=q)

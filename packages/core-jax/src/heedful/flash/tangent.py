@@ -60,7 +60,7 @@ def tangent(
 
         def query_tile(i: Array) -> tuple[Array, Array]:
             row_lse = queries_of(problem, tiles, lse, i)
-            alive = row_lse > -jnp.inf  # a row that sees no key has no tangent
+            alive = row_lse != -jnp.inf  # a row that sees no key has no tangent
             q = clean(widen(problem, queries_of(problem, tiles, operands.q, i)), alive[..., None])
             dq = clean(widen(problem, queries_of(problem, tiles, q_dot, i)), alive[..., None])
 

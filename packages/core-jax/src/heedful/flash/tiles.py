@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from heedful.problem import Array, Operands, Problem
+from heedful.visibility import q_offset
 
 # One tile of scores, all its heads counted, should stay in a CPU's cache. Measured on 8 heads of
 # 2048 × 64 in float32, on one core with 1 MiB of L2: 512 × 512 for two heads at a time is within 6 %
@@ -163,7 +164,7 @@ def keys_seen(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) 
     return _seen(
         first=begin,
         last=begin + tiles.queries - 1,
-        offset=_offset(problem, operands),
+        offset=q_offset(problem, operands),
         band=(left, right),
         own_lengths=operands.q_lengths,
         lengths=operands.kv_lengths,
@@ -184,7 +185,7 @@ def queries_seen(problem: Problem, operands: Operands, tiles: Tiles, begin: Arra
     return _seen(
         first=begin,
         last=begin + tiles.keys - 1,
-        offset=-_offset(problem, operands),
+        offset=-q_offset(problem, operands),
         band=(right, left),
         own_lengths=operands.kv_lengths,
         lengths=operands.q_lengths,
@@ -192,16 +193,6 @@ def queries_seen(problem: Problem, operands: Operands, tiles: Tiles, begin: Arra
         size=tiles.queries,
         masked=operands.mask is not None or overlaps,
     )
-
-
-def _offset(problem: Problem, operands: Operands) -> Any:
-    """q_offset as a number or (batch,), where `visibility.q_offset` has it beside scores."""
-    if problem.q_offset is not None:
-        return problem.q_offset
-    if operands.q_offset is not None:
-        return operands.q_offset
-    kv = problem.kv_length if operands.kv_lengths is None else operands.kv_lengths
-    return kv - (problem.q_length if operands.q_lengths is None else operands.q_lengths)
 
 
 def _seen(
