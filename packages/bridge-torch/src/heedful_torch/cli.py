@@ -101,7 +101,7 @@ def _import(modules: list[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:
+        except Exception as error:  # the module is the caller's, and may raise anything
             _stop(f"--import {module}: {type(error).__name__}: {error}")
 
 

@@ -249,7 +249,7 @@ def platform_of(array: jax.Array) -> str:
 
 def x64_is_enabled() -> bool:
     """Whether JAX has 64-bit dtypes here and now: it can be switched for one thread and block."""
-    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]  # untyped
 
 
 def _refuse_tensor_without_counterpart(tensor: torch.Tensor) -> None:
