@@ -100,8 +100,9 @@ def _canonical(
         raw = scale * k[b, g, keys] @ q[b, h, i]
         capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
         s = capped + bias[b, h, i, keys]
-        lse[b, h, i] = s.max() + np.log(np.exp(s - s.max()).sum())
-        p = np.exp(s - lse[b, h, i])
+        exponentials = np.exp(s - s.max())
+        lse[b, h, i] = s.max() + np.log(exponentials.sum())
+        p = exponentials / exponentials.sum()  # beside a bias of 1e30 an lse has lost this sum
         out[b, h, i] = p @ v[b, g, keys]
 
         do = np.zeros(value_dim) if out_cotangent is None else out_cotangent[b, h, i]

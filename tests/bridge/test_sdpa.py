@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import heedful
 import reference
 from heedful.problem import Problem
-from heedful_torch.backends import sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
+from heedful_torch.backends import row_sums, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
 from heedful_torch.backends.score_mask import span
 
 BACKENDS = {
@@ -230,6 +230,126 @@ def test_the_lse_costs_nothing_in_backward_where_it_is_not_used():
     with Recorder() as recorder:
         out.sum().backward()
     assert {args[0].shape[-1] for _, args, _ in recorder.calls} == {8}
+
+
+# The probabilities of the backward pass
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def test_torch_itself_takes_a_rounded_lse_for_the_sum():
+    # A masked row's gradient is the sum of 64 where it should be the mean. Fails when torch is mended.
+    q, k, v = qkv(B=1, Hq=1, Hkv=1, Sq=1, Sk=64)
+    mask = torch.full((1, 1, 1, 64), LOWEST)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    (dv,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close(dv, torch.ones_like(dv))
+
+
+def bias_of(value, rows=slice(None), columns=slice(None), shape=(1, 1, 6, 9)):
+    bias = torch.zeros(shape)
+    bias[..., rows, columns] = value
+    return bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "bias",
+    [
+        bias_of(LOWEST),  # beside it q·k is lost, in float64 too: each key is seen alike
+        bias_of(-1e30),
+        bias_of(1e30, shape=(2, 4, 6, 9)),
+        bias_of(LOWEST, rows=slice(1, None, 2)),
+        bias_of(LOWEST, columns=slice(4, None)),
+        bias_of(-1e30, rows=slice(2), shape=(2, 1, 6, 1)),
+        bias_of(LOWEST, shape=(1, 4, 1, 9)),
+        bias_of(LOWEST, shape=(2, 1, 1, 1)),
+    ],
+    ids=["lowest", "-1e30", "+1e30", "mixed rows", "keys", "a query", "a key", "one number"],
+)
+def test_beside_a_large_bias_they_sum_to_one(bias, dtype):
+    q, k, v = qkv(dtype=dtype)
+    check(attention("torch:sdpa-flash"), q, k, v, bias=bias.requires_grad_())
+    check(attention("torch:sdpa-flash"), q, k, v, bias=bias, causal=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"causal": "top_left"},
+        {"scale": -1.0},
+        {"bias": bias_of(2048.0, rows=slice(0, None, 3), shape=(1, 1, 70, 600)).requires_grad_()},
+    ],
+    ids=["full", "causal", "top left", "negative", "bias"],
+)
+def test_beside_large_logits_they_sum_to_one(options):
+    # Integers, so that every logit near 4096 and 2048 is exact.
+    generator = torch.Generator().manual_seed(0)
+    q, k = (
+        torch.randint(-3, 4, (2, heads, length, 16), generator=generator).float()
+        for heads, length in ((4, 70), (2, 600))
+    )
+    q[..., 0], k[..., 0] = 64, 64
+    q, k, v = (x.requires_grad_() for x in (q, k, normal(2, 2, 600, 16)))
+    _, lse = heedful.attention(
+        q, k, v, backend="torch:sdpa-flash", return_lse=True, **{"scale": 1.0} | options
+    )
+    assert lse.detach().abs()[..., 1:].min() > 4000
+    check(attention("torch:sdpa-flash"), q, k, v, **{"scale": 1.0} | options)
+
+
+@pytest.mark.parametrize("size", [-1e5, -1e7, -1e9, 1e9, -3e38])
+def test_beside_a_bias_that_rounds_the_scores_they_sum_to_one(size):
+    # What is left of q·k is anybody's guess; that each row of P sums to 1 is not.
+    q, k, v = qkv()
+    bias = torch.full((2, 4, 6, 9), size).requires_grad_()
+    out, lse = heedful.attention(q, k, v, bias=bias, return_lse=True, backend="torch:sdpa-flash")
+    dout, dlse = normal(*out.shape, seed=3), normal(*lse.shape, seed=4)
+    (dv,) = torch.autograd.grad(out, v, dout, retain_graph=True)
+    summed = dout.unflatten(1, (2, 2)).sum((2, 3))
+    torch.testing.assert_close(dv.sum(2), summed, rtol=1e-5, atol=1e-5)
+    (dbias,) = torch.autograd.grad((out, lse), bias, (dout, dlse))
+    torch.testing.assert_close(dbias.sum(-1), dlse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "backend", ["torch:sdpa-flash", "torch:sdpa-efficient", "torch:sdpa-cudnn"]
+)
+def test_on_cuda_they_sum_to_one(monkeypatch, backend):
+    # Played by the stand-in below: the CUDA kernels make P of a rounded LSE too.
+    q, k, v = qkv(Sq=9, dtype=torch.bfloat16)
+    options = {}
+    if backend == "torch:sdpa-efficient":
+        options["bias"] = bias_of(-1e30, shape=(2, 1, 9, 9)).bfloat16().requires_grad_()
+        check(on_cuda(monkeypatch, backend), q, k, v, **options)
+    with torch.no_grad():
+        q[..., 0], k[..., 0] = 2.0**15, 2.0**15
+    out, _ = on_cuda(monkeypatch, backend)(q, k, v, causal=True, scale=1.0, **options)
+    dout = normal(*out.shape, seed=3, dtype=out.dtype)
+    (dv,) = torch.autograd.grad(out, v, dout)
+    summed = dout.float().unflatten(1, (2, 2)).sum((2, 3))
+    torch.testing.assert_close(dv.float().sum(2), summed, rtol=0, atol=0.1)
+
+
+def test_what_a_row_of_them_sums_to_is_asked_only_where_it_is_large(monkeypatch):
+    asked = []
+    monkeypatch.setattr(row_sums, "_sums_of", lambda *tile: asked.append(tile[-1]) or tile[-1])
+    q, k, _ = qkv(Sq=40)
+    lse = torch.full((2, 4, 40), 15.9)
+    lse[1, 2, ::3], lse[0, 0, 0], lse[0, 0, 1] = -17.0, torch.inf, torch.nan
+    sums = row_sums.row_sums(q, k, None, None, 1.0, lse)
+    assert (sums[1, 2, ::3] == -17).all()
+    assert (sums == 1).sum() == 2 * 4 * 40 - 14
+    assert [len(x) for x in asked] == [14]
+
+
+def test_the_operator_of_the_sums_is_well_formed():
+    q, k, _ = (x.detach() for x in qkv())
+    lse = torch.full((2, 4, 6), 20.0)
+    arguments = (q, k, normal(1, 1, 6, 9), 3, 1.0, lse)
+    torch.library.opcheck(torch.ops.heedful.row_sums, arguments)
 
 
 # What the operators would get wrong
@@ -536,6 +656,18 @@ class StandIn:
         return self.backward(dout, q, k, v, out, lse.squeeze(-1), bias, causal, scale=scale)[:3]
 
 
+def on_cuda(monkeypatch, backend):
+    """A call of a CUDA kernel, which the stand-in plays."""
+    module = {"flash": sdpa_flash, "efficient": sdpa_efficient, "cudnn": sdpa_cudnn}
+    monkeypatch.setattr(module[backend.partition("-")[2]], "aten", StandIn())
+
+    def call(q, k, v, **options):
+        problem = dataclasses.replace(Problem.of(q, k, v, **options), platform="gpu")
+        return BACKENDS[backend].run(problem, problem.canonical(q, k, v, **options))
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
@@ -552,20 +684,11 @@ class StandIn:
     ],
 )
 def test_around_the_cuda_kernels(monkeypatch, backend, options):
-    module = {"flash": sdpa_flash, "efficient": sdpa_efficient, "cudnn": sdpa_cudnn}[
-        backend.partition("-")[2]
-    ]
-    monkeypatch.setattr(module, "aten", StandIn())
     q, k, v = qkv(Sk=options.get("Sk", 9), D=20, Dv=12, dtype=torch.float16)
     options = {name: x for name, x in options.items() if name != "Sk"}
     if "bias" in options:
         options["bias"] = options["bias"].half().requires_grad_()
-
-    def call(q, k, v, **options):
-        problem = dataclasses.replace(Problem.of(q, k, v, **options), platform="gpu")
-        return BACKENDS[backend].run(problem, problem.canonical(q, k, v, **options))
-
-    check(call, q, k, v, **options)
+    check(on_cuda(monkeypatch, backend), q, k, v, **options)
 
 
 # The same kernels themselves. Not run on a GPU yet.

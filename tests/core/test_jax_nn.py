@@ -1,13 +1,14 @@
 """What `jax:nn-xla` and `jax:nn-cudnn` refuse, and why; what they compute is in test_backends."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from heedful import Problem
+from heedful import Problem, attention
 from heedful.backends import jax_nn_cudnn, jax_nn_xla
 
 
@@ -121,3 +122,23 @@ def test_xla_takes_half_precision_where_jax_does():
         assert reasons(problem("float64", "cpu")) == [
             "jax.nn.dot_product_attention computes every softmax in float32"
         ]
+
+
+@pytest.mark.parametrize("Sq", [1, 2])
+@pytest.mark.parametrize("Sk", [1, 3])
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize(
+    "heads", [(1, 1, 1), (1, 2, 1), (2, 1, 1)], ids="{0[0]}x{0[1]}/{0[2]}".format
+)
+def test_the_smallest_bfloat16_is_computed_or_refused(heads, Sq, Sk, D):
+    B, Hq, Hkv = heads
+    q, k, v = (jnp.ones((B, H, S, D), jnp.bfloat16) for H, S in ((Hq, Sq), (Hkv, Sk), (Hkv, Sk)))
+    with jax.numpy_dtype_promotion("standard"):
+        computes = not jax_nn_xla.backend.reasons(Problem.of(q, k, v))
+        no_matrix = B == Hkv == 1 and (Hq * Sq, Sk, D).count(1) >= 2
+        assert computes == (not no_matrix or jax.__version_info__ >= (0, 12))
+        if computes:
+            attend = partial(attention, backend="jax:nn-xla")
+            assert (attend(q, k, v) == 1).all()
+            dv = jax.grad(lambda v: attend(q, k, v).astype(jnp.float32).sum())(v)
+            assert float(dv.astype(jnp.float32).sum()) == pytest.approx(B * Hq * Sq * D, rel=0.02)

@@ -15,9 +15,14 @@ one kernel. What SDPA does around these operators, and what the contract asks be
   the CPU kernel returns NaN. The sign is moved into q, exactly.
 - The gradient of the LSE, which torch's own derivative of these operators drops silently:
   `_with_lse_cotangent`. And that of the mask, which some drop too: `_mask_gradient`.
+- The probabilities that the backward operators make of a rounded LSE, and which sum to anything where
+  scores or bias are large: `row_sums`.
+- Autocast, forward and backward.
 """
 
+import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heedful.problem import Operands, Problem
+from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.backends.score_mask import masking, score_mask, span
 from heedful_torch.first_order import first_order
 
@@ -170,6 +176,16 @@ def attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor
     return out, lse
 
 
+def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Within the block nothing is rounded to autocast's dtype, which the caller may have switched on.
+
+    A backward pass runs in whatever context `backward` was called in: it needs this of its own.
+    """
+    kind = x.device.type  # "meta" has no autocast
+    on = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
 def _over_groups(
     kernel: Kernel, group: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -232,44 +248,92 @@ class _Fused(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.kernel, ctx.causal, ctx.scale = kernel, causal, scale
-        kept: tuple[Tensor, ...] = ()
-        lse: Tensor | None
-        if q.numel() and k.numel():
-            out, lse, kept = kernel.forward(q, k, v, mask, causal, scale)
-        else:
-            out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-            accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-            lse = q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator)
-        ctx.save_for_backward(q, k, v, mask, out, *kept)
+        out, lse, kept = _fused_forward(kernel, causal, scale, q, k, v, mask)
+        ctx.save_for_backward(q, k, v, mask, out, lse, *kept)
         return out, lse
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernel, causal, scale = ctx.kernel, ctx.causal, ctx.scale
-        q, k, v, mask, out, *kept = ctx.saved_tensors
-        head, value_head = q.shape[-1], v.shape[-1]
-        wanted = ctx.needs_input_grad[-1]
-        if not (q.numel() and k.numel()):
-            zeros = (None if x is None else torch.zeros_like(x) for x in (q, k, v, mask))
-            return None, None, None, *zeros
+        q, k, v, mask, out, lse, *kept = ctx.saved_tensors
+        mask_wanted = ctx.needs_input_grad[-1]
+        gradients = _fused_backward(
+            ctx.kernel,
+            ctx.causal,
+            ctx.scale,
+            (q, k, v, mask),
+            (out, lse, tuple(kept)),
+            dout,
+            dlse,
+            mask_wanted,
+        )
+        return None, None, None, *gradients
+
+
+def _fused_forward(
+    kernel: Kernel,
+    causal: bool,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """out, lse, and what the backward pass needs besides."""
+    if not (q.numel() and k.numel()):
+        accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+        return out, q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator), ()
+    with outside_autocast(q):
+        out, lse, kept = kernel.forward(q, k, v, mask, causal, scale)
+    assert lse is not None  # only a kernel without a backward operator of its own has none
+    return out, lse, kept
+
+
+def _fused_backward(
+    kernel: Kernel,
+    causal: bool,
+    scale: float,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    outputs: tuple[Tensor, Tensor, tuple[Tensor, ...]],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    mask_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and, where it is wanted, dmask; of the inputs and outputs of `_fused_forward`."""
+    (q, k, v, mask), (out, lse, kept) = inputs, outputs
+    if not (q.numel() and k.numel()):
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        return dq, dk, dv, None if mask is None else torch.zeros_like(mask)
+    assert kernel.backward is not None
+    head, value_head = q.shape[-1], v.shape[-1]
+    dmask = None
+    with outside_autocast(q):
         if dout is None:
             dout = torch.zeros_like(out)
-        dmask = None
-        if wanted and not kernel.mask_gradient:
-            with torch.autocast(q.device.type, enabled=False):
-                dmask, wanted = _mask_gradient(dout, dlse, q, k, v, mask, scale), False
+        if mask_wanted and not kernel.mask_gradient:
+            assert mask is not None
+            dmask, mask_wanted = _mask_gradient(dout, dlse, q, k, v, mask, scale), False
+        diagonal = None
+        if causal:
+            diagonal = k.shape[2] - q.shape[2] if kernel.flag == "lower right" else 0
+        sums = row_sums(q, k, mask, diagonal, scale, lse)
+        dout = (dout / sums.unsqueeze(-1)).to(out.dtype)
         if dlse is not None:
-            dout, q, k, v, out = _with_lse_cotangent(kernel, dlse, dout, q, k, v, out)
+            dout, q, k, v, out = _with_lse_cotangent(kernel, dlse / sums, dout, q, k, v, out)
         dout, out = _laid_out(dout, kernel.alignment), _laid_out(out, kernel.alignment)
         dq, dk, dv, of_kernel = kernel.backward(
-            dout, q, k, v, mask, causal, scale, out, kept, wanted
+            dout, q, k, v, mask, causal, scale, out, kept, mask_wanted
         )
-        dmask = of_kernel if wanted else dmask
-        return None, None, None, dq[..., :head], dk[..., :head], dv[..., :value_head], dmask
+    return (
+        dq[..., :head],
+        dk[..., :head],
+        dv[..., :value_head],
+        of_kernel if mask_wanted else dmask,
+    )
 
 
 LSE_COLUMNS = 3  # of 8 bits each in bfloat16: together they hold a float32
@@ -310,24 +374,31 @@ def _with_lse_cotangent(
     )
 
 
+MASK_GRADIENT_TILE = 2**19  # scores: 2 MiB in float32
+
+
 def _mask_gradient(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
     """The gradient of the additive mask, for kernels that give none.
 
     It is dS itself, summed over the axes that the mask does not have:
-    dS = P ∘ (dP − rowsum(P ∘ dP) + dlse), dP = dO Vᵀ. The scores of one head of one batch row are
+    dS = P ∘ (dP − rowsum(P ∘ dP) + dlse), dP = dO Vᵀ. The scores of some rows of one head are
     materialised at a time, in the mask's dtype.
     """
     gradient = torch.zeros_like(mask)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            at = (min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1))
-            query, key, value, do = (x[b, h].to(mask.dtype) for x in (q, k, v, dout))
-            p = torch.softmax(scale * (query @ key.mT) + mask[at], -1)
+    for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        key, value = k[b, h].to(mask.dtype), v[b, h].to(mask.dtype)
+        at = (min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1))
+        rows = max(1, MASK_GRADIENT_TILE // len(key))
+        for start in range(0, q.shape[2], rows):
+            tile = slice(start, start + rows)
+            of_mask = (*at, tile if mask.shape[2] > 1 else slice(None))
+            query, do = q[b, h, tile].to(mask.dtype), dout[b, h, tile].to(mask.dtype)
+            p = torch.softmax(scale * (query @ key.mT) + mask[of_mask], -1)
             dp = do @ value.mT
             dp -= (p * dp).sum(-1, keepdim=True)
             if dlse is not None:
-                dp += dlse[b, h, :, None]
-            gradient[at] += (p * dp).sum_to_size(mask.shape[2:])
+                dp += dlse[b, h, tile, None]
+            gradient[of_mask] += (p * dp).sum_to_size(gradient[of_mask].shape)
     return gradient

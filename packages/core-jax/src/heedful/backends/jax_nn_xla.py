@@ -34,6 +34,14 @@ class XlaBackend:
                 "jax.nn.dot_product_attention asks XLA for the product F16_F16_F32, "
                 f"which XLA has on GPUs alone; q lies on {problem.platform}"
             )
+        elif (
+            problem.dtype == "bfloat16" and problem.platform == "cpu" and _without_a_matrix(problem)
+        ):
+            reasons.append(
+                f"XLA of jax {jax.__version__} fails on a CPU where a product of bfloat16 has two axes "
+                f"of 1 among Hq·Sq, Sk and D and no batch: {problem.group * problem.q_length}, "
+                f"{problem.kv_length} and {problem.head_dim}"
+            )
         return reasons
 
     @partial(jax.jit, static_argnums=(0, 1))
@@ -45,6 +53,17 @@ class XlaBackend:
         # Left alone, GPUs and TPUs round float32 factors to fewer bits.
         with jax.default_matmul_precision("highest"):
             return jax_nn.attend(problem, operands, seen, kernel), None
+
+
+def _without_a_matrix(problem: Problem) -> bool:
+    """Whether XLA makes a plain multiplication of the products, and then knows it for no bfloat16.
+
+    "Algorithm not supported by the ElementalIrEmitter: ALG_DOT_BF16_BF16_F32": seen in 0.10.2 with
+    nothing but such sizes, and gone in 0.12.
+    """
+    if jax.__version_info__ >= (0, 12) or problem.batch * problem.kv_heads != 1:
+        return False
+    return (problem.group * problem.q_length, problem.kv_length, problem.head_dim).count(1) >= 2
 
 
 backend = XlaBackend()

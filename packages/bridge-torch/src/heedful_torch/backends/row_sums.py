@@ -1,0 +1,83 @@
+"""What the rows of P sum to when a backward kernel makes them of a rounded LSE.
+
+A backward kernel of the flash family is given the scores' LSE, and makes P̃ = exp(S − lse) of it (Dao et
+al. 2022, Algorithm 4, keep m and l instead). The LSE is rounded to its dtype, and what is large absorbs
+the rest: beside a bias of -1e9, log l is lost whole, each key's P̃ is 1, and a row sums to the number
+of its keys; beside logits near 4096 a row's sum is off by 2⁻¹³. All gradients are linear in the row of
+P, so a row's dO and dlse, divided by what P̃ sums to, give what P would have given.
+
+The sums are of the scores as the kernel rounds them. To shift the bias to 0 instead would be wrong: what
+q · k has lost beside a bias of finfo.min is lost in float64 too, and must not come back.
+"""
+
+import torch
+from torch import Tensor
+
+# Half a unit in the last place of an lse is lost: at most 2⁻²⁰ of P here in float32, 2⁻⁴⁹ in float64 …
+HARMLESS = 16.0
+# … and 2⁻¹⁴ in half precision, whose own roundings are 2⁻¹² and 2⁻⁹.
+HARMLESS_IN_HALF = 1024.0
+TILE = (512, 1024)  # rows and columns: 2 MiB in float32
+
+
+def row_sums(
+    q: Tensor, k: Tensor, mask: Tensor | None, diagonal: int | None, scale: float, lse: Tensor
+) -> Tensor:
+    """Σ_j exp(s_ij − lse_i), (B, Hq, Sq) in lse's dtype; exactly 1 where the rounding is harmless.
+
+    A row costs its scores once more, a tile at a time, and only where its LSE is large. On a GPU this
+    waits for the LSE.
+
+    Args:
+        q, k: (B, Hq, Sq, D), (B, Hkv, Sk, D).
+        mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk), or None.
+        diagonal: keys j > i + diagonal are hidden; None: none is.
+        scale: of the scores.
+        lse: (B, Hq, Sq), as the kernel is given it.
+    """
+    return _row_sums(q, k, mask, diagonal, scale, lse)
+
+
+# An operator, so that torch.compile need not look into what depends on data.
+@torch.library.custom_op("heedful::row_sums", mutates_args=())
+def _row_sums(
+    q: Tensor, k: Tensor, mask: Tensor | None, diagonal: int | None, scale: float, lse: Tensor
+) -> Tensor:
+    sums = torch.ones_like(lse, memory_format=torch.contiguous_format)
+    limit = HARMLESS if q.dtype == lse.dtype else HARMLESS_IN_HALF
+    large = (lse.abs() > limit) & lse.isfinite()
+    group = q.shape[1] // k.shape[1]
+    for b, h in large.any(-1).nonzero().tolist():
+        key = k[b, h // group]
+        added = None if mask is None else mask[min(b, len(mask) - 1), min(h, mask.shape[1] - 1)]
+        for rows in torch.split(large[b, h].nonzero().squeeze(-1), TILE[0]):
+            query = q[b, h, rows].to(lse.dtype)
+            bias = added if added is None or len(added) == 1 else added[rows]
+            last = None if diagonal is None else rows + diagonal
+            sums[b, h, rows] = _sums_of(query, key, bias, last, scale, lse[b, h, rows])
+    return sums
+
+
+@_row_sums.register_fake
+def _(
+    q: Tensor, k: Tensor, mask: Tensor | None, diagonal: int | None, scale: float, lse: Tensor
+) -> Tensor:
+    return torch.empty_like(lse, memory_format=torch.contiguous_format)
+
+
+def _sums_of(
+    q: Tensor, k: Tensor, bias: Tensor | None, last: Tensor | None, scale: float, lse: Tensor
+) -> Tensor:
+    """Of one head's rows, (rows,): tile by tile along the keys."""
+    sums = torch.zeros_like(lse)
+    for start in range(0, len(k), TILE[1]):
+        key = k[start : start + TILE[1]].to(q.dtype)
+        scores = (q @ key.mT).mul_(scale)
+        if bias is not None:
+            scores += bias if bias.shape[1] == 1 else bias[:, start : start + TILE[1]]
+        p = scores.sub_(lse[:, None]).exp_()
+        if last is not None:
+            columns = torch.arange(start, start + len(key), device=q.device)
+            p.masked_fill_(columns > last[:, None], 0)
+        sums += p.sum(-1)
+    return sums
