@@ -13,6 +13,7 @@ import torch
 
 import heedful
 import reference
+from compilations import counted
 from heedful.problem import Operands, Problem
 from heedful_torch.bridge import bridge
 from heedful_torch.dlpack import CopyWarning, to_torch
@@ -211,6 +212,21 @@ def test_jax_maps_a_torch_backend():
         reference.attention(*qkv_i, np.ones((2, 4, 6, 8)))[2] for qkv_i in zip(q, k, v, strict=True)
     ]
     assert_close(jax.vmap(gradients)(q, k, v), truth)
+
+
+@pytest.mark.parametrize("backend", ["jax:flash", "torch:sdpa-math", "torch:sdpa-flash"])
+@pytest.mark.parametrize("convert", [in_torch, jnp.asarray])
+def test_a_new_number_q_offset_compiles_nothing(convert, backend):
+    arrays = qkv()
+    for n, offset in enumerate((30, 9, 12)):  # every key is seen: sdpa-flash takes no mask
+        options = {"causal": True, "q_offset": offset, "window": (6, None)}
+        if backend == "torch:sdpa-flash":
+            del options["window"]
+        with counted() as counts:
+            out = heedful.attention(*map(convert, arrays), backend=backend, **options)
+        assert n == 0 or (not counts["traced"] and not counts["compiled"])
+        truth, *_ = reference.attention(*arrays, None, None, **options)
+        assert_close([out], [truth])
 
 
 def test_jax_in_half_precision():

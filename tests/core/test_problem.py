@@ -382,8 +382,6 @@ def test_equal_calls_make_equal_problems():
     [
         ({"window": (None, None)}, {}),
         ({"q_offset": 3}, {}),  # neither causal nor a window asks for positions
-        ({"causal": "top_left"}, {"causal": True, "q_offset": 0}),
-        ({"causal": True}, {"causal": True, "q_offset": 2}),
         ({"causal": "top_left", "q_offset": 1}, {"causal": True, "q_offset": 1}),
         ({"scale": None}, {"scale": 8**-0.5}),
         ({"mask": TRUE[:, :1, :1]}, {"mask": TRUE[:, 0, 0]}),  # (B, Sk)

@@ -56,6 +56,10 @@ class TorchBridge:
     def run(
         self, backend: Backend, problem: Problem, operands: Operands
     ) -> tuple[Array, Array | None]:
+        if (
+            problem.framework == "jax" and problem.platform == "cpu"
+        ):  # on a GPU, reading it would wait
+            problem, operands = problem.compiled, problem.as_operand(operands)
         there = {name: x for name, x in operands._asdict().items() if x is not None}
         call = _Call(backend, problem, tuple(there))
         results: tuple[Array, ...]
@@ -98,7 +102,10 @@ class _Call:
     names: tuple[str, ...]
 
     def __call__(self, *arrays: Array) -> tuple[Array, ...]:
-        out, lse = self.backend.run(self.problem, self.operands(arrays))
+        problem, operands = self.problem, self.operands(arrays)
+        if isinstance(operands.q, torch.Tensor):
+            problem, operands = problem.as_number(operands)
+        out, lse = self.backend.run(problem, operands)
         return (out, lse) if self.problem.return_lse else (out,)
 
     def operands(self, arrays: tuple[Array, ...]) -> Operands:
@@ -116,7 +123,11 @@ class _Call:
 
 
 def _torch_on_jax(call: _Call, there: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return jax_in_torch(call, copy=None)(*there.values())
+    place = there["q"].device  # a q_offset that was a number is NumPy's
+    tensors = (
+        torch.tensor(x, device=place) if isinstance(x, np.ndarray) else x for x in there.values()
+    )
+    return jax_in_torch(call, copy=None)(*tensors)
 
 
 def _jax_on_torch(call: _Call, there: Mapping[str, Array]) -> tuple[jax.Array, ...]:

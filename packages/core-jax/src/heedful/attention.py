@@ -32,7 +32,8 @@ def attention(
         bias: added to the scores, broadcastable to (B, Hq, Sq, Sk); differentiable.
         causal: False, True (the last query sees the last key) or "top_left" (query i sees keys ≤ i).
         window: (left, right): how many keys each side of its own place a query sees, None for open.
-        q_offset: the place of query 0 among the keys, an integer or one for each batch row.
+        q_offset: the place of query 0 among the keys, an integer or one for each batch row; no new value
+            compiles anew.
         q_lengths: (B,) integers, how many queries of each batch row are real.
         kv_lengths: (B,) integers, how many keys of each batch row are real.
         scale: factor of the scores, D^-½ by default.

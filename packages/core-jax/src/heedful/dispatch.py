@@ -308,7 +308,7 @@ def reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
             crossing += bridge.reasons(problem, framework)
     except LookupError as missing:
         crossing.append(str(missing))
-    own = backend.reasons(problem)
+    own = backend.reasons(problem.compiled if framework == "jax" else problem)
     if isinstance(own, str):
         raise TypeError(f"{backend.name} must give its reasons as a list of strings. Got {own!r}.")
     return (*crossing, *own)
@@ -352,7 +352,10 @@ def explain_choice(problem: Problem, backend: str | Sequence[str] | None = None)
 
 def run(backend: Backend, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:
     """Computes the problem on the caller's arrays, across a bridge where the frameworks differ."""
-    bridge = bridge_between(problem.framework, backend.name.partition(":")[0])
+    framework = backend.name.partition(":")[0]
+    if framework == "jax":
+        problem, operands = problem.compiled, problem.as_operand(operands)
+    bridge = bridge_between(problem.framework, framework)
     if bridge is None:
         out, lse = backend.run(problem, operands)
     else:

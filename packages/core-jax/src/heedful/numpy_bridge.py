@@ -41,7 +41,7 @@ class NumpyBridge:
     ) -> tuple[Array, Array | None]:
         if problem.framework == "numpy":
             return _run_in_jax(backend, problem, operands)
-        return _run_in_numpy(backend, problem, operands)
+        return _run_in_numpy(backend, problem.compiled, problem.as_operand(operands))
 
 
 bridge = NumpyBridge()

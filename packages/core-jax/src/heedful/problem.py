@@ -7,7 +7,7 @@ arrays, in one canonical form). Nothing behind this file looks at user options a
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
 
 import jax
@@ -66,7 +66,7 @@ class Operands(NamedTuple):
         bias: floating, rank 4, each axis full or 1 of (B, Hq, Sq, Sk).
         q_lengths: int32, (B,).
         kv_lengths: int32, (B,).
-        q_offset: int32, (B,) or (1,); only where the offset is an array.
+        q_offset: int32, (B,) or (1,); only where the problem holds no number.
     """
 
     q: Array
@@ -111,6 +111,12 @@ class Problem:
     (float64) of shape (B, Hq, Sq) in either layout. out and lse are both differentiable in q, k, v
     and bias.
 
+    Compilation: a problem is what JAX backends compile for. New values of arrays, lengths among them,
+    and of q_offset, a number or an array, never compile anew. A new scale, softcap or window does:
+    they are constants of a model rather than values of a call, the first two are folded into each
+    tile's arithmetic, and the window says which tiles there are. (On a GPU, a JAX call of a torch
+    backend compiles anew for a new number q_offset too: torch would have to wait for the value.)
+
     Attributes:
         framework: whose arrays the caller passed: "numpy", "jax" or "torch".
         platform: where they lie: "cpu", "gpu" or "tpu" (under a JAX trace: JAX's default).
@@ -124,6 +130,7 @@ class Problem:
         window: (left, right), or None.
         q_offset: the offset where it is one number known beforehand; None where it comes from the
             operand `q_offset` or from the lengths. 0 where neither causal nor window asks for it.
+        q_offset_given: whether it is the caller's own number, which `compiled` makes an operand.
         mask_shape, bias_shape: of the operands in canonical form, or None.
         bias_dtype: of bias, or None.
         q_lengths, kv_lengths: whether they are given.
@@ -148,6 +155,7 @@ class Problem:
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     q_offset: int | None = 0
+    q_offset_given: bool = False
     mask_shape: tuple[int, ...] | None = None
     bias_shape: tuple[int, ...] | None = None
     bias_dtype: str | None = None
@@ -223,7 +231,8 @@ class Problem:
         window = _check_window(options.get("window"))
         explicit = options.get("q_offset")
         _check_offset(explicit, lead)
-        if not causal_asked and window is None:
+        positional = causal_asked or window is not None
+        if not positional:
             q_offset: int | None = 0  # positions play no part: equal problems compare equal
         elif isinstance(explicit, numbers.Integral):
             q_offset = int(explicit)
@@ -255,6 +264,7 @@ class Problem:
             causal=causal_asked,
             window=window,
             q_offset=q_offset,
+            q_offset_given=explicit is not None and positional and q_offset is not None,
             mask_shape=None if mask is None else _mask_shape(mask, scores, lead),
             bias_shape=None if bias is None else _score_shape("bias", bias, scores, lead),
             bias_dtype=None if bias is None else dtype_of(bias),
@@ -295,6 +305,30 @@ class Problem:
             kv_lengths=None if kv_lengths is None else _int32(kv_lengths.reshape(-1)),
             q_offset=None if q_offset is None else _int32(q_offset.reshape(-1)),
         )
+
+    @property
+    def compiled(self) -> Self:
+        """This problem as JAX compiles it: without the number that `as_operand` makes an operand."""
+        return replace(self, q_offset=None) if self.q_offset_given else self
+
+    def as_operand(self, operands: Operands) -> Operands:
+        """The operands of `compiled`: the caller's own q_offset is a value, and none compiles anew.
+
+        It is a NumPy array, which is a plain argument to JAX and on no device.
+        """
+        if not self.q_offset_given or self.q_offset is None:
+            return operands
+        return operands._replace(q_offset=np.array([self.q_offset], np.int32))
+
+    def as_number(self, operands: Operands) -> tuple[Self, Operands]:
+        """Undoes `compiled` and `as_operand`, for a backend that reads values and compiles nothing.
+
+        It waits for the operand, so that should lie in the host's memory.
+        """
+        if not self.q_offset_given or operands.q_offset is None:
+            return self, operands
+        number = int(operands.q_offset[0])
+        return replace(self, q_offset=number), operands._replace(q_offset=None)
 
     def _canonical_heads(self, x: Array) -> Array:
         """(*lead, H, S, D), (*lead, S, H, D) or (S, D) → (B, H, S, D)."""
