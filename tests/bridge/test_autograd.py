@@ -373,19 +373,6 @@ def test_saved_tensor_hooks_see_the_residuals(x64):
     )
 
 
-def test_forward_mode_and_torch_func_are_refused_by_torch():
-    function = jax_in_torch(lambda x: (jnp.sin(x),))
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda x: function(x)[0].sum())(torch.ones(3))
-    with warnings.catch_warnings(), torch.autograd.forward_ad.dual_level():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # torch's own, from its first forward-mode call
-        dual = torch.autograd.forward_ad.make_dual(torch.ones(3, requires_grad=True), torch.ones(3))
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"forward mode|jvp"):
-            function(dual)
-
-
 def test_threads_do_not_disturb_each_other(x64):
     results = {}
 

@@ -8,6 +8,8 @@ Two twins, both over flat, positional arrays and tuples of results:
 runs by               `jax.jit`, on DLPack aliases                `buffer_callback`, on XLA's buffers
 recorded by           `torch.autograd.Function`                   `jax.custom_vjp`
 backward              `jax.vjp`; the residuals are kept           `torch.autograd.grad`; recomputes
+forward mode          `jax.jvp`, itself run by `jax_in_torch`     refused
+a mapped axis         `jax.vmap`, itself run by `jax_in_torch`    one call after the other
 higher orders         the backward is itself a `jax_in_torch`     the backward is itself a `torch_in_jax`
 ====================  ==========================================  ====================================
 
@@ -33,17 +35,20 @@ from torch.utils.dlpack import from_dlpack
 
 from heedful_torch.dlpack import (
     EXCHANGED,
+    WIDE,
     adopt,
     lent,
     to_jax,
     why_jax_must_copy,
     x64_is_enabled,
 )
+from heedful_torch.function import Function, has_no_data, is_transformed, refuse_recording
 
 __all__ = ["jax_in_torch", "torch_in_jax"]
 
 JaxFunction: TypeAlias = Callable[..., tuple[jax.Array, ...]]
 TorchFunction: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
+Take: TypeAlias = Callable[[torch.Tensor], jax.Array]
 Shapes: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
 
 
@@ -52,30 +57,32 @@ Shapes: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
 
 
 def jax_in_torch(function: JaxFunction, *, copy: bool | None = False) -> TorchFunction:
-    """A torch function that runs a JAX function, recorded by torch autograd.
+    """A torch function that runs a JAX function, under every transformation of torch.
 
     ``function`` takes JAX arrays and returns a tuple of JAX arrays; it is compiled with `jax.jit`. The
     result takes torch tensors of the same shapes, dtypes and device and returns a tuple of ordinary
-    torch tensors in fresh memory. Floating inputs that require grad are differentiated, to any order.
-    ``copy`` is what `to_jax` does with inputs that JAX cannot share.
+    torch tensors in fresh memory. Floating inputs are differentiated to any order, in reverse by
+    torch.autograd and forwards by its dual tensors, and by all of torch.func: what torch asks for (a
+    pull-back, a push-forward, a mapped axis) is asked of JAX, by `jax.vjp`, `jax.jvp` and `jax.vmap`.
+    Tensors without data ("meta") get an answer without data. ``copy`` is what `to_jax` does with inputs
+    that JAX cannot share.
 
     Inputs, and those outputs that the backward pass needs, are saved by torch without a copy: writing
     into one before the backward pass raises torch's own "modified by an inplace operation" (writes
     through ``tensor.data`` are not counted by torch and not noticed).
 
     Raises what `to_jax` raises; TypeError if ``function`` returns no tuple, or for complex numbers to
-    differentiate (the frameworks' complex gradients are each other's conjugates). torch.func transforms
-    and forward mode are refused by torch; `torch.compile` breaks its graph here and calls this eagerly.
+    differentiate (the frameworks' complex gradients are each other's conjugates); NotImplementedError
+    where torch records its operations as a graph (`torch.export`, `make_fx`, `torch.jit.trace`), which
+    cannot hold JAX's. `torch.compile` breaks its graph here and calls this eagerly.
 
     Measured on 2 CPU cores, tiny arrays: 220 µs for three inputs, 45 µs of that for each `to_jax`.
     """
+    take = functools.partial(to_jax, copy=copy)
 
     def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        requires_grad = any(getattr(tensor, "requires_grad", False) for tensor in tensors)
-        if requires_grad and torch.is_grad_enabled():
-            return _JaxFunction.apply(function, copy, *tensors)  # type: ignore[no-untyped-call]
-        arrays = tuple(to_jax(tensor, copy=copy) for tensor in tensors)
-        return tuple(map(adopt, _run(function, *arrays)))
+        refuse_recording(getattr(function, "__name__", repr(function)))
+        return _apply(function, take, *tensors)
 
     def in_torch(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # torch.compile crashes inside JAX unless told to stay out; importing it takes a second.
@@ -86,47 +93,124 @@ def jax_in_torch(function: JaxFunction, *, copy: bool | None = False) -> TorchFu
     return functools.update_wrapper(in_torch, function, updated=())
 
 
-class _JaxFunction(torch.autograd.Function):
-    """One node of torch's graph: a JAX function, its residuals and its pull-back."""
+def _apply(function: JaxFunction, take: Take, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    # Residuals are those of one level. Of several, each pulls back by a JAX function of its own.
+    recorded = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    wanted = tuple(recorded and getattr(tensor, "requires_grad", False) for tensor in tensors)
+    *values, residuals = _JaxFunction.apply(function, take, wanted, *tensors)
+    return tuple(values if residuals is None else values[: -residuals.count or None])
+
+
+class _JaxFunction(Function):
+    """One node of torch's graph: a JAX function, its residuals, its pull-back and its push-forward."""
 
     @staticmethod
     def forward(
-        ctx: Any, function: JaxFunction, copy: bool | None, *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        wanted = ctx.needs_input_grad[2:]
-        arrays = tuple(to_jax(tensor, copy=copy) for tensor in tensors)
+        function: JaxFunction, take: Take, wanted: tuple[bool, ...], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor | _Residuals | None, ...]:
+        """The outputs, the fresh residuals, and what else is to be known of the residuals.
+
+        ``wanted`` says for which inputs residuals are kept. Where it says none, the pull-back computes
+        the function again.
+        """
+        if any(has_no_data(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)):
+            return *_shapes_of_results(function, tensors), None
+        arrays = tuple(map(take, tensors))
+        if not any(wanted):
+            return *map(adopt, _run(function, *arrays)), None
         values, residuals = _run_and_linearize(function, wanted, *arrays)
         outputs = tuple(map(adopt, values))
-        differentiated = (tensor for want, tensor in zip(wanted, tensors, strict=True) if want)
-        if any(tensor.is_complex() for tensor in (*differentiated, *outputs)):
-            raise TypeError(
-                "jax_in_torch: expected real inputs and outputs to differentiate. Got a complex one."
-            )
-        # Residuals go through save_for_backward, so that torch frees, checks and checkpoints them.
-        ctx.save_for_backward(
-            *tensors, *(outputs[i] for i in residuals.outputs), *map(adopt, residuals.fresh)
-        )
-        ctx.residuals = dataclasses.replace(residuals, fresh=())
-        ctx.function, ctx.wanted = function, wanted
-        ctx.x64 = x64_is_enabled()
-        return outputs
+        _refuse_complex(x for x, want in zip(tensors, wanted, strict=True) if want)
+        _refuse_complex(outputs)
+        return *outputs, *map(adopt, residuals.fresh), dataclasses.replace(residuals, fresh=())
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.function, _, _, *tensors = inputs
+        *outputs, residuals = output
+        fresh = []
+        if residuals is not None and residuals.count:
+            outputs, fresh = outputs[: -residuals.count], outputs[-residuals.count :]
+        needed = () if residuals is None else (outputs[i] for i in residuals.outputs)
+        # Residuals go through save_for_backward, so that torch frees, checks and checkpoints them.
+        ctx.save_for_backward(*tensors, *needed, *fresh)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(*fresh)
+        ctx.set_materialize_grads(False)  # of the residuals
+        ctx.count, ctx.residuals, ctx.x64 = len(tensors), residuals, x64_is_enabled()
+        ctx.results = [(x.shape, x.dtype) for x in outputs]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second look
-        inputs, kept = saved[: len(ctx.wanted)], saved[len(ctx.wanted) :]
-        floating = [cotangent for cotangent in cotangents if cotangent.is_floating_point()]
+        inputs, kept = saved[: ctx.count], saved[ctx.count :]
+        wanted = ctx.needs_input_grad[3:]
+        _refuse_complex(x for x, want in zip(inputs, wanted, strict=True) if want)
+        floating = [
+            inputs[0].new_zeros(shape, dtype=dtype) if cotangent is None else cotangent
+            for (shape, dtype), cotangent in zip(ctx.results, cotangents, strict=False)
+            if dtype.is_floating_point
+        ]
         with jax.enable_x64(ctx.x64):  # the backward pass may run in another thread or context
-            if torch.is_grad_enabled():  # create_graph=True
-                pull_back = jax_in_torch(_JaxPullBack(ctx.function, ctx.wanted))
-                gradients = pull_back(*map(_fit_for_jax, (*inputs, *floating)))
+            if ctx.residuals is None or torch.is_grad_enabled() or is_transformed(floating):
+                pull_back = _JaxPullBack(ctx.function, wanted)
+                gradients = _apply(pull_back, _fit_to_jax, *inputs, *floating)
             else:
                 needed = [_fit_to_jax(inputs[i]) for i in ctx.residuals.inputs]
                 pull_back = ctx.residuals.restore(needed, [_fit_to_jax(tensor) for tensor in kept])
                 computed = _pull(pull_back, tuple(map(_fit_to_jax, floating)))
                 gradients = tuple(map(adopt, computed))
         each = iter(gradients)
-        return None, None, *(next(each) if want else None for want in ctx.wanted)
+        return None, None, None, *(next(each) if want else None for want in wanted)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
+        inputs, tangents = ctx.saved_tensors, tangents[3:]
+        moving = tuple(tangent is not None for tangent in tangents)
+        _refuse_complex(x for x, moves in zip(inputs, moving, strict=True) if moves)
+        with jax.enable_x64(ctx.x64):
+            push_forward = _JaxPushForward(ctx.function, moving)
+            given = (tangent for tangent in tangents if tangent is not None)
+            each = iter(_apply(push_forward, _fit_to_jax, *inputs, *given))
+        results = (next(each) if dtype.is_floating_point else None for _, dtype in ctx.results)
+        rest = 1 if ctx.residuals is None else 1 + ctx.residuals.count
+        return *results, *(None,) * rest
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], function: JaxFunction, take: Take, *rest: Any
+    ) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
+        _, *tensors = rest
+        outputs = _apply(_JaxMapped(function, tuple(in_dims[3:])), take, *tensors)
+        return (*outputs, None), (*(0 for _ in outputs), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _JaxMapped:
+    """A function over one more axis of some of its arguments, the first one of its results."""
+
+    function: JaxFunction
+    in_axes: tuple[int | None, ...]
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        def mapped(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            return _expect_tuple(self.function, self.function(*arrays))
+
+        return jax.vmap(mapped, in_axes=self.in_axes)(*arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _JaxPushForward:
+    """(inputs, tangents of the moving inputs) → tangents of the floating outputs."""
+
+    function: JaxFunction
+    moving: tuple[bool, ...]
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        inputs, tangents = arrays[: len(self.moving)], arrays[len(self.moving) :]
+        of_moving, primals = _floating_part(self.function, self.moving, inputs)
+        _, pushed, _ = jax.jvp(of_moving, primals, tangents, has_aux=True)
+        return pushed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +239,7 @@ class _Residuals:
     opaque: Sequence[jax.Array]  # PRNG keys and the like, which torch cannot hold
     inputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    count: int = dataclasses.field(metadata={"static": True})  # of the fresh ones
     places: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})
     structure: Any = dataclasses.field(metadata={"static": True})
 
@@ -178,6 +263,7 @@ class _Residuals:
             found["opaque"],
             tuple(found["inputs"]),
             tuple(found["outputs"]),
+            len(found["fresh"]),
             tuple(places),
             structure,
         )
@@ -210,35 +296,60 @@ def _pull(pull_back: Any, cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array,
 
 def _linearize(function: JaxFunction, wanted: tuple[bool, ...], arrays: Sequence[jax.Array]) -> Any:
     """`jax.vjp` in the wanted inputs: the floating outputs, their pull-back, and the other outputs."""
-    constant = tuple(None if want else array for want, array in zip(wanted, arrays, strict=True))
+    of_wanted, primals = _floating_part(function, wanted, arrays)
+    return jax.vjp(of_wanted, *primals, has_aux=True)
 
-    def of_wanted(*chosen: jax.Array) -> Any:
-        outputs = _expect_tuple(function, function(*_fill(constant, chosen)))
+
+def _floating_part(
+    function: JaxFunction, chosen: tuple[bool, ...], arrays: Sequence[jax.Array]
+) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
+    """The function of the chosen inputs, which returns (floating results, others), and those inputs."""
+    constant = tuple(None if yes else array for yes, array in zip(chosen, arrays, strict=True))
+
+    def of_chosen(*inputs: jax.Array) -> Any:
+        outputs = _expect_tuple(function, function(*_fill(constant, inputs)))
         is_floating = [jnp.issubdtype(output.dtype, jnp.floating) for output in outputs]
         floating = tuple(output for output, yes in zip(outputs, is_floating, strict=True) if yes)
         return floating, tuple(
             None if yes else output for output, yes in zip(outputs, is_floating, strict=True)
         )
 
-    return jax.vjp(
-        of_wanted,
-        *(array for want, array in zip(wanted, arrays, strict=True) if want),
-        has_aux=True,
-    )
-
-
-def _fit_for_jax(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy (recorded by autograd) where JAX could not share its memory.
-
-    For cotangents, which torch makes as it likes (an expanded scalar, after a sum).
-    """
-    if why_jax_must_copy(tensor) is None:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return of_chosen, tuple(array for yes, array in zip(chosen, arrays, strict=True) if yes)
 
 
 def _fit_to_jax(tensor: torch.Tensor) -> jax.Array:
-    return to_jax(_fit_for_jax(tensor))
+    """The tensor in JAX, copied without a word where its memory cannot be shared.
+
+    For tangents and cotangents, which torch makes as it likes (an expanded scalar, after a sum).
+    """
+    if tensor._is_zerotensor():  # torch's zero without memory
+        tensor = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return to_jax(tensor, copy=None if why_jax_must_copy(tensor) is None else True)
+
+
+def _shapes_of_results(
+    function: JaxFunction, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """What the function makes of tensors without data: results without data."""
+    shapes = []
+    for tensor in tensors:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype in WIDE and not x64_is_enabled():
+            raise TypeError(
+                f"jax_in_torch: expected a dtype that JAX has here. Got {dtype} while JAX's x64 mode is "
+                'off. Call jax.config.update("jax_enable_x64", True), or cast it yourself.'
+            )
+        shapes.append(jax.ShapeDtypeStruct(tuple(map(int, tensor.shape)), dtype))
+    results = jax.eval_shape(lambda *given: _expect_tuple(function, function(*given)), *shapes)
+    like = next(tensor for tensor in tensors if has_no_data(tensor))
+    return tuple(like.new_empty(x.shape, dtype=getattr(torch, x.dtype.name)) for x in results)
+
+
+def _refuse_complex(tensors: Iterable[torch.Tensor]) -> None:
+    if any(tensor.is_complex() for tensor in tensors):
+        raise TypeError(
+            "jax_in_torch: expected real inputs and outputs to differentiate. Got a complex one."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,13 @@ from heedful.dispatch import Backend
 from heedful.problem import Array, Operands, Problem
 from heedful_torch.autograd import jax_in_torch, torch_in_jax
 from heedful_torch.dlpack import CopyWarning
-from heedful_torch.first_order import first_order
+from heedful_torch.function import (
+    FirstOrder,
+    Function,
+    has_no_data,
+    no_forward_mode,
+    refuse_recording,
+)
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
@@ -101,6 +107,10 @@ class _Call:
     problem: Problem
     names: tuple[str, ...]
 
+    @property
+    def __name__(self) -> str:  # in errors
+        return self.backend.name
+
     def __call__(self, *arrays: Array) -> tuple[Array, ...]:
         problem, operands = self.problem, self.operands(arrays)
         if isinstance(operands.q, torch.Tensor):
@@ -139,7 +149,8 @@ def _jax_on_torch(call: _Call, there: Mapping[str, Array]) -> tuple[jax.Array, .
 
 
 def _torch_on_numpy(call: _Call, there: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return _NumpyInTorch.apply(call, *there.values())  # type: ignore[no-untyped-call]
+    refuse_recording(call.backend.name)
+    return _NumpyInTorch.apply(call, *there.values())
 
 
 def _numpy_on_torch(call: _Call, there: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
@@ -148,34 +159,84 @@ def _numpy_on_torch(call: _Call, there: Mapping[str, np.ndarray]) -> tuple[np.nd
     return tuple(np.array(_to_numpy(result)) for result in results)
 
 
-class _NumpyInTorch(torch.autograd.Function):
+class _NumpyInTorch(Function):
     """A NumPy backend, recorded by torch autograd."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.call = call
-        ctx.save_for_backward(*tensors)
+    def forward(call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if any(map(has_no_data, tensors)):
+            return tuple(
+                tensors[0].new_empty(x.shape, dtype=getattr(torch, x.dtype.name))
+                for x in call.result_shapes()
+            )
         return tuple(_to_tensor(np.array(result)) for result in call(*map(_to_numpy, tensors)))
 
     @staticmethod
-    @first_order
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        call, backend = ctx.call, ctx.call.backend
+        return None, *_NumpyPullBack.apply(
+            ctx.call, len(cotangents), *cotangents, *ctx.saved_tensors
+        )
+
+    jvp = staticmethod(no_forward_mode)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_NumpyInTorch, info.batch_size, in_dims, args)
+
+
+class _NumpyPullBack(FirstOrder):
+    """(cotangents, operands) → the operands' gradients, None where there is none."""
+
+    @staticmethod
+    def forward(call: _Call, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        backend, problem = call.backend, call.problem
         if not hasattr(backend, "gradients"):
             raise NotImplementedError(
                 f"{backend.name} cannot be differentiated in torch: a NumPy backend needs a method "
                 "`gradients` for that (heedful.dispatch.Gradients). Choose another backend."
             )
-        operands = call.operands(tuple(map(_to_numpy, ctx.saved_tensors)))
-        dout, *dlse = map(_to_numpy, cotangents)
-        if not dlse:
-            dlse = [np.zeros(dout.shape[:3], call.problem.accumulator)]
-        found = backend.gradients(call.problem, operands, dout, *dlse)
+        primals = dict(zip(call.names, tensors[count:], strict=True))
+        if any(map(has_no_data, tensors)):
+            found = tuple(
+                None if name not in primals else torch.empty_like(primals[name])
+                for name in ("q", "k", "v", "bias")
+            )
+        else:
+            dout, *dlse = map(_to_numpy, tensors[:count])
+            if not dlse:
+                dlse = [np.zeros(dout.shape[:3], problem.accumulator)]
+            operands = call.operands(tuple(map(_to_numpy, tensors[count:])))
+            found = tuple(
+                None if x is None else _to_tensor(np.array(x))
+                for x in backend.gradients(problem, operands, dout, *dlse)
+            )
         gradients = dict(zip(("q", "k", "v", "bias"), found, strict=True))
-        return None, *(
-            None if gradients.get(name) is None else _to_tensor(np.array(gradients[name]))
-            for name in call.names
+        return tuple(gradients.get(name) for name in call.names)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_NumpyPullBack, info.batch_size, in_dims, args)
+
+
+def _one_by_one(
+    function: type[Function], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[int | None, ...]]:
+    """The `vmap` rule of a function that takes nothing but what it was made for."""
+    results = [
+        function.apply(
+            *(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True))
         )
+        for i in range(size)
+    ]
+    stacked = tuple(
+        None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True)
+    )
+    return stacked, tuple(None if x is None else 0 for x in stacked)
 
 
 def _to_numpy(x: torch.Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ arrays, in one canonical form). Nothing behind this file looks at user options a
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
@@ -391,7 +392,13 @@ def _int32(x: Array) -> Array:
 
 
 def _is_concrete_on_cpu(x: Array) -> bool:
-    return not isinstance(x, jax.core.Tracer) and platform_of(x) == "cpu"
+    if isinstance(x, jax.core.Tracer) or platform_of(x) != "cpu":
+        return False
+    if framework_of(x) != "torch":
+        return True
+    # Inside torch.func's transforms, or torch.compile, a tensor has no data to read.
+    torch, fakes = sys.modules["torch"], sys.modules.get("torch._subclasses.fake_tensor")
+    return not (torch._C._functorch.is_functorch_wrapped_tensor(x) or (fakes and fakes.is_fake(x)))
 
 
 # The checks, in the order in which a caller meets them

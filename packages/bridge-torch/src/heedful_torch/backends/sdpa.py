@@ -33,12 +33,12 @@ from torch import Tensor
 from heedful.problem import Operands, Problem
 from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.backends.score_mask import masking, score_mask, span
-from heedful_torch.first_order import first_order
+from heedful_torch.function import FirstOrder, Function, no_forward_mode
 
 # (q, k, v, additive mask or None, causal, scale)
-# → out, lse or None, the tensors that the backward pass needs besides
+# → out, lse or None, the tensors that the backward pass needs besides them
 Forward = Callable[..., tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
-# (dout, q, k, v, additive mask or None, causal, scale, out, those tensors, is dmask wanted)
+# (dout, q, k, v, additive mask or None, causal, scale, out, lse, those tensors, is dmask wanted)
 # → dq, dk, dv, dmask or None
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
@@ -214,7 +214,7 @@ def _on_padded_heads(
     if kernel.backward is None:
         out, lse, _ = kernel.forward(*qkv, mask, causal, scale)
     else:
-        out, lse = _Fused.apply(kernel, causal, scale, *qkv, mask)  # type: ignore[no-untyped-call]
+        out, lse, *_ = _Fused.apply(kernel, causal, scale, *qkv, mask)
     return out[..., : v.shape[-1]], lse
 
 
@@ -235,12 +235,11 @@ def _laid_out(x: Tensor, alignment: int) -> Tensor:
     return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
-class _Fused(torch.autograd.Function):
-    """A kernel and its backward operator, differentiable through out and LSE alike."""
+class _Fused(Function):
+    """A kernel, differentiable once and in reverse, through out and LSE alike."""
 
     @staticmethod
     def forward(
-        ctx: Any,
         kernel: Kernel,
         causal: bool,
         scale: float,
@@ -248,29 +247,73 @@ class _Fused(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.kernel, ctx.causal, ctx.scale = kernel, causal, scale
+    ) -> tuple[Tensor, ...]:
+        """out, lse, and one by one what else the backward pass needs."""
         out, lse, kept = _fused_forward(kernel, causal, scale, q, k, v, mask)
-        ctx.save_for_backward(q, k, v, mask, out, lse, *kept)
-        return out, lse
+        return out, lse, *kept
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, out, lse, *kept = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *ctx.settings, q, k, v, mask = inputs
+        _, _, *kept = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(q, k, v, mask, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, dlse, *_ = cotangents
         mask_wanted = ctx.needs_input_grad[-1]
-        gradients = _fused_backward(
-            ctx.kernel,
-            ctx.causal,
-            ctx.scale,
-            (q, k, v, mask),
-            (out, lse, tuple(kept)),
-            dout,
-            dlse,
-            mask_wanted,
-        )
+        gradients = _FusedPullBack.apply(*ctx.settings, mask_wanted, dout, dlse, *ctx.saved_tensors)
         return None, None, None, *gradients
+
+    jvp = staticmethod(no_forward_mode)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        *settings, q, k, v, mask = args
+        *dims, of_mask = in_dims[3:]
+        size = info.batch_size
+        if of_mask is not None or (mask is not None and len(mask) > 1):  # else all share it
+            mask = _folded(size, of_mask, _over_batch(mask, of_mask, _rows(q, dims[0])))
+        q, k, v = (_folded(size, dim, x) for x, dim in zip((q, k, v), dims, strict=True))
+        return _unfolded(size, _Fused.apply(*settings, q, k, v, mask))
+
+
+class _FusedPullBack(FirstOrder):
+    """A kernel's backward operator, with the gradients of the LSE and the mask."""
+
+    @staticmethod
+    def forward(
+        kernel: Kernel,
+        causal: bool,
+        scale: float,
+        mask_wanted: bool,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        *saved: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv, and dmask where it is wanted."""
+        q, k, v, mask, out, lse, *kept = saved
+        inputs, outputs = (q, k, v, mask), (out, lse, tuple(kept))
+        return _fused_backward(kernel, causal, scale, inputs, outputs, dout, dlse, mask_wanted)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        *settings, mask_wanted, dout, dlse, q, k, v, mask = args[:10]
+        before, of_mask, after = in_dims[4:9], in_dims[9], in_dims[10:]
+        size, of_q = info.batch_size, in_dims[6]
+        shared = mask is not None and _rows(mask, of_mask) == 1
+        # Not shared as going forward: each member of the axis has a gradient of its own.
+        if mask is not None and (mask_wanted or of_mask is not None or not shared):
+            mask = _folded(size, of_mask, _over_batch(mask, of_mask, _rows(q, of_q)))
+        first = (_folded(size, d, x) for x, d in zip((dout, dlse, q, k, v), before, strict=True))
+        last = (_folded(size, d, x) for x, d in zip(args[10:], after, strict=True))
+        gradients = _FusedPullBack.apply(*settings, mask_wanted, *first, mask, *last)
+        (*of_qkv, dmask), dims = _unfolded(size, gradients)
+        if dmask is not None and shared:
+            dmask = dmask.sum(1, keepdim=True)
+        return (*of_qkv, dmask), dims
 
 
 def _fused_forward(
@@ -326,7 +369,7 @@ def _fused_backward(
             dout, q, k, v, out = _with_lse_cotangent(kernel, dlse / sums, dout, q, k, v, out)
         dout, out = _laid_out(dout, kernel.alignment), _laid_out(out, kernel.alignment)
         dq, dk, dv, of_kernel = kernel.backward(
-            dout, q, k, v, mask, causal, scale, out, kept, mask_wanted
+            dout, q, k, v, mask, causal, scale, out, lse, kept, mask_wanted
         )
     return (
         dq[..., :head],
@@ -334,6 +377,39 @@ def _fused_backward(
         dv[..., :value_head],
         of_kernel if mask_wanted else dmask,
     )
+
+
+# A mapped axis becomes part of the batch, the first axis of every tensor of rank 3 and 4; what is left,
+# the seed and offset of a dropout that is off, has none.
+
+
+def _rows(x: Tensor, dim: int | None) -> int:
+    """The batch of a tensor in which another axis is mapped, or none."""
+    return x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]
+
+
+def _over_batch(mask: Tensor, dim: int | None, batch: int) -> Tensor:
+    """The mask with its own row for each of the batch, the mapped axis in its place."""
+    if dim is None:
+        return mask.expand(batch, -1, -1, -1)
+    return mask.movedim(dim, 0).expand(-1, batch, -1, -1, -1).movedim(0, dim)
+
+
+def _folded(size: int, dim: int | None, x: Tensor | None) -> Tensor | None:
+    if x is None or x.dim() < 3:
+        return x
+    mapped = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return mapped.flatten(0, 1).contiguous()
+
+
+def _unfolded(
+    size: int, folded: tuple[Tensor | None, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    found = [
+        x if x is None or x.dim() < 3 else x.reshape(size, len(x) // size, *x.shape[1:])
+        for x in folded
+    ]
+    return tuple(found), tuple(None if x is None or x.dim() < 4 else 0 for x in found)
 
 
 LSE_COLUMNS = 3  # of 8 bits each in bfloat16: together they hold a float32

@@ -32,13 +32,14 @@ def _backward(
     causal: bool,
     scale: float,
     out: Tensor,
+    lse: Tensor,
     kept: tuple[Tensor, ...],
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    lse, seed, offset = kept
+    its_lse, seed, offset = kept
     lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse, seed, offset, None, *lengths, 0.0, causal, scale=scale
+        dout, q, k, v, out, its_lse, seed, offset, None, *lengths, 0.0, causal, scale=scale
     )
     return dq, dk, dv, None
 

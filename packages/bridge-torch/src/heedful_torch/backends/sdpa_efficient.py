@@ -48,14 +48,15 @@ def _backward(
     causal: bool,
     scale: float,
     out: Tensor,
+    lse: Tensor,
     kept: tuple[Tensor, ...],
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    lse, seed, offset = kept
+    its_lse, seed, offset = kept
     aligned = None if mask is None else _aligned_mask(mask, (*q.shape[:3], k.shape[2]))
     wanted = [True, True, True, mask_wanted]
     dq, dk, dv, dmask = aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, aligned, out, lse, seed, offset, 0.0, wanted, causal, scale=scale
+        dout, q, k, v, aligned, out, its_lse, seed, offset, 0.0, wanted, causal, scale=scale
     )
     if mask is None or not mask_wanted:
         return dq, dk, dv, None

@@ -20,7 +20,7 @@ def _cpu_forward(
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
-    return out, lse, (lse,)
+    return out, lse, ()
 
 
 def _cpu_backward(
@@ -32,10 +32,10 @@ def _cpu_backward(
     causal: bool,
     scale: float,
     out: Tensor,
+    lse: Tensor,
     kept: tuple[Tensor, ...],
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    (lse,) = kept
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
@@ -48,7 +48,7 @@ def _cuda_forward(
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, causal, False, scale=scale
     )
-    return out, lse, (lse, seed, offset)
+    return out, lse, (seed, offset)
 
 
 def _cuda_backward(
@@ -60,10 +60,11 @@ def _cuda_backward(
     causal: bool,
     scale: float,
     out: Tensor,
+    lse: Tensor,
     kept: tuple[Tensor, ...],
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    lse, seed, offset = kept
+    seed, offset = kept
     lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, *lengths, 0.0, causal, seed, offset, scale=scale

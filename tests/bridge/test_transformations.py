@@ -1,0 +1,188 @@
+"""What torch can do to a function, done to attention on every backend that torch can reach.
+
+One table of backends and transformations: each pair gives the right numbers, or refuses in words that
+name a backend which can. The numbers to be right are those of the formula in torch's own operations, put
+through the same transformation.
+"""
+
+import itertools
+import warnings
+
+import jax
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.functional import jacobian
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import heedful
+
+JAX = ("jax:flash", "jax:plain", "jax:nn-xla")
+BACKENDS = ("torch:sdpa-flash", "torch:sdpa-math", *JAX, "numpy:oracle")
+WITH_LSE = ("torch:sdpa-flash", "jax:flash", "jax:plain", "numpy:oracle")
+DIFFERENTIABLE = ("torch:sdpa-math", *JAX)  # to any order, and forwards
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with warnings.catch_warnings(), jax.enable_x64(True):
+        warnings.simplefilter("error")
+        # torch's own, from its first call of forward mode and of vmap over a kernel of its own
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+        yield
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def qkv(backend="", *lead):
+    """Grouped heads, more keys than queries, in the widest dtype that the backend has."""
+    dtype = torch.float32 if backend == "jax:nn-xla" else torch.float64
+    shapes = (4, 2, 3), (2, 3, 3), (2, 3, 3)
+    return tuple(normal(*lead, *shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes))
+
+
+def formula(q, k, v, bias=None):
+    """Attention, causal from the top left: out and lse, of (..., H, S, D)."""
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(j > i, -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def attention(backend, **options):
+    def call(q, k, v, bias=None):
+        return heedful.attention(
+            q, k, v, bias=bias, causal="top_left", return_lse=True, backend=backend, **options
+        )
+
+    def without_lse(q, k, v, bias=None):
+        options_ = options if bias is None else options | {"bias": bias}
+        return heedful.attention(q, k, v, causal="top_left", backend=backend, **options_), None
+
+    return call if backend in WITH_LSE else without_lse
+
+
+def both(function, with_lse):
+    """The same from both: results of any shape in one tensor, none of them linear."""
+
+    def results(*args):
+        out, lse = function(*args)
+        return torch.cat([out.sin().flatten(), lse.flatten() if with_lse else out.new_zeros(0)])
+
+    return results
+
+
+def loss(f):
+    return lambda *args: f(*args).square().sum()
+
+
+def dual_numbers(f, q, k, v):
+    with forward_ad.dual_level():
+        result = f(forward_ad.make_dual(q, q.cos()), k, forward_ad.make_dual(v, v.sin()))
+        return forward_ad.unpack_dual(result).tangent
+
+
+def forward_over_reverse(f, q, k, v):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q.clone().requires_grad_(), q.cos())
+        (dq,) = torch.autograd.grad(loss(f)(dual, k, v), dual)
+        return forward_ad.unpack_dual(dq).tangent
+
+
+def batched_backward(f, *args):
+    leaves = [x.clone().requires_grad_() for x in args]
+    result = f(*leaves)
+    return torch.autograd.grad(
+        result, leaves, normal(5, *result.shape, seed=9, dtype=result.dtype), is_grads_batched=True
+    )
+
+
+def double_backward(f, *args):
+    leaves = [x.clone().requires_grad_() for x in args]
+    (dq,) = torch.autograd.grad(f(*leaves).sum(), leaves[0], create_graph=True)
+    return torch.autograd.grad(dq.square().sum(), leaves)
+
+
+FIRST = {
+    "grad": lambda f, *args: grad(loss(f), (0, 1, 2))(*args),
+    "vjp": lambda f, *args: vjp(f, *args)[1](f(*args).cos()),
+    "jacrev": lambda f, q, k, v: jacrev(lambda k: f(q, k, v))(k),
+    "vmap": lambda f, *args: vmap(f)(*(torch.stack([x, 2 * x, -x]) for x in args)),
+    "vmap of some": lambda f, q, k, v: vmap(f, (None, 1, None))(q, torch.stack([k, 2 * k], 1), v),
+    "vmap of q": lambda f, q, k, v: vmap(f, (-1, None, None))(torch.stack([q, 2 * q], -1), k, v),
+    "vmap of vmap": lambda f, q, k, v: vmap(vmap(f, (0, None, None)), (None, 0, 0))(
+        torch.stack([q, 2 * q]), torch.stack([k, -k]), torch.stack([v, v, v])[:2]
+    ),
+    "vmap of grad": lambda f, q, k, v: vmap(grad(loss(f), (0, 1, 2)), (0, None, None))(
+        torch.stack([q, 2 * q]), k, v
+    ),
+    "grad of vmap": lambda f, q, k, v: grad(
+        lambda k: vmap(f, (0, None, None))(torch.stack([q, 2 * q]), k, v).square().sum()
+    )(k),
+    "batched backward": batched_backward,
+    "vectorized jacobian": lambda f, *args: jacobian(f, args, vectorize=True),
+}
+FORWARD = {
+    "jvp": lambda f, q, k, v: jvp(f, (q, k, v), (q.cos(), k.sin(), v))[1],
+    "jvp in k": lambda f, q, k, v: jvp(lambda k: f(q, k, v), (k,), (k.sin(),))[1],
+    "jvp of vmap": lambda f, q, k, v: jvp(
+        lambda q: vmap(f, (0, None, None))(torch.stack([q, 2 * q]), k, v), (q,), (q.cos(),)
+    )[1],
+    "jacfwd": lambda f, q, k, v: jacfwd(lambda v: f(q, k, v))(v),
+    "dual numbers": dual_numbers,
+    "vectorized jacobian, forwards": lambda f, q, k, v: jacobian(
+        lambda q: f(q, k, v), q, vectorize=True, strategy="forward-mode"
+    ),
+}
+SECOND = {
+    "hessian": lambda f, q, k, v: hessian(lambda q: loss(f)(q, k, v))(q),
+    "jacrev of grad": lambda f, q, k, v: jacrev(grad(loss(f)), 1)(q, k, v),
+    "jacrev of jacfwd": lambda f, q, k, v: jacrev(jacfwd(loss(f)), 1)(q, k, v),
+    "jvp of jvp": lambda f, q, k, v: jvp(
+        lambda q: jvp(lambda q: f(q, k, v), (q,), (q.cos(),))[1], (q,), (q.sin(),)
+    )[1],
+    "double backward": double_backward,
+    "forward over reverse": forward_over_reverse,
+}
+TRANSFORMATIONS = FIRST | FORWARD | SECOND
+NO_FORWARD = r"no forward mode.*jax:flash, jax:plain and torch:sdpa-math have it"
+NO_SECOND = r"no second derivatives.*jax:flash, jax:plain and torch:sdpa-math have them"
+
+
+# XLA's own crash, the same without torch (jaxlib 0.10.2, a segmentation fault in its YNN fusions).
+XLA_CRASHES = {("jax:nn-xla", "jacrev of jacfwd")}
+
+
+def refusal(backend, transformation):
+    """The words of the refusal, None where there must be none."""
+    if backend in DIFFERENTIABLE or transformation in FIRST:
+        return None
+    return NO_FORWARD if transformation in FORWARD else f"{NO_FORWARD}|{NO_SECOND}"
+
+
+@pytest.mark.parametrize(
+    ("backend", "transformation"),
+    [pair for pair in itertools.product(BACKENDS, TRANSFORMATIONS) if pair not in XLA_CRASHES],
+)
+def test_every_transformation_is_right_or_refused(backend, transformation):
+    transform = TRANSFORMATIONS[transformation]
+    args = qkv(backend, 2)
+    call = both(attention(backend), backend in WITH_LSE)
+    words = refusal(backend, transformation)
+    if words is not None:
+        with pytest.raises(NotImplementedError, match=words):
+            transform(call, *args)
+        return
+    expected = transform(both(formula, backend in WITH_LSE), *args)
+    exact = (
+        {"rtol": 1e-9, "atol": 1e-11}
+        if args[0].dtype == torch.float64
+        else {"rtol": 1e-4, "atol": 1e-4}
+    )
+    torch.testing.assert_close(transform(call, *args), expected, **exact)
