@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import heedful
 import reference
+from contract import CASES
 from heedful.problem import Problem
 from heedful_torch.backends import row_sums, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
-from heedful_torch.backends.score_mask import span
+from heedful_torch.backends.score_mask import additive_shape, score_mask, span
 
 BACKENDS = {
     "torch:sdpa-math": sdpa_math.backend,
@@ -445,6 +446,125 @@ def test_a_repeated_run_is_bitwise_equal(backend):
         return out, *torch.autograd.grad(out.sum(), (q, k, v))
 
     assert all(map(torch.equal, run(), run()))
+
+
+# What the kernels build, and who is chosen for it
+
+
+def expanded(*shape, dtype=torch.float32):
+    """A tensor of any size, in no memory."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+def large(B=1, Hq=2, Hkv=2, Sq=16384, Sk=16384, D=32, dtype=torch.float32):
+    return [expanded(B, H, S, D, dtype=dtype) for H, S in ((Hq, Sq), (Hkv, Sk), (Hkv, Sk))]
+
+
+LENGTHS = torch.tensor([16384])
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, "torch:sdpa-flash"),
+        ({"causal": True}, "torch:sdpa-flash"),
+        ({"return_lse": True}, "torch:sdpa-flash"),
+        ({"kv_lengths": LENGTHS}, "torch:sdpa-flash"),  # one row of a mask
+        ({"mask": expanded(1, 16384, dtype=torch.bool)}, "torch:sdpa-flash"),
+        ({"bias": expanded(1, 2, 1, 16384)}, "torch:sdpa-flash"),
+        ({"bias": expanded(1, 1, 16384, 16384)}, "torch:sdpa-flash"),  # the caller holds as much
+        ({"mask": expanded(16384, 16384, dtype=torch.bool)}, "jax:flash"),  # a quarter of it
+        ({"window": (256, 0)}, "jax:flash"),
+        ({"window": (256, 256)}, "jax:flash"),
+        ({"causal": True, "window": (256, None)}, "jax:flash"),
+        ({"causal": True, "kv_lengths": LENGTHS}, "jax:flash"),
+        ({"q_lengths": LENGTHS, "kv_lengths": LENGTHS}, "jax:flash"),
+        ({"causal": True, "q_offset": torch.tensor([0])}, "jax:flash"),
+        ({"causal": True, "q_offset": 5}, "jax:flash"),
+        ({"causal": True, "mask": expanded(1, 16384, dtype=torch.bool)}, "jax:flash"),
+        ({"causal": True, "bias": expanded(2, 1, 1)}, "jax:flash"),
+        ({"softcap": 2.0}, "jax:flash"),
+    ],
+    ids=str,
+)
+def test_the_automatic_choice_at_16384(options, chosen):
+    assert heedful.explain(*large(), **options).chosen == chosen
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "chosen"),
+    [
+        ({"Sq": 512, "Sk": 1024}, {"window": (9, 0)}, "torch:sdpa-flash"),  # 2 MiB
+        ({"Sq": 513, "Sk": 1024}, {"window": (1024, 0)}, "jax:flash"),
+        ({"Sq": 1}, {"window": (256, 0)}, "torch:sdpa-flash"),
+        ({"Sq": 1, "B": 64}, {"kv_lengths": LENGTHS.expand(64)}, "torch:sdpa-flash"),
+        ({"Sq": 1024, "Sk": 512}, {"causal": True}, "torch:sdpa-flash"),  # a square, and empty rows
+        ({"Sq": 512, "Sk": 1024}, {"causal": True}, "torch:sdpa-flash"),
+        ({"Sq": 1024, "Sk": 2048}, {"causal": True}, "jax:flash"),  # the diagonal ends lower right
+        ({"Sq": 1024, "Sk": 16384, "q_offset": 16384}, {"causal": True}, "torch:sdpa-flash"),
+        (
+            {"Sq": 400, "Sk": 400, "B": 4},
+            {"q_lengths": LENGTHS[:0].new_zeros(4)},
+            "torch:sdpa-flash",
+        ),
+        (
+            {"Sq": 400, "Sk": 400, "B": 4},
+            {"causal": True, "kv_lengths": LENGTHS.new_zeros(4)},
+            "jax:flash",  # a mask for each batch row
+        ),
+    ],
+    ids=str,
+)
+def test_the_automatic_choice_counts_what_is_built(sizes, options, chosen):
+    if "q_offset" in sizes:
+        options = options | {"q_offset": sizes.pop("q_offset")}
+    assert heedful.explain(*large(**sizes), **options).chosen == chosen
+
+
+def test_without_a_linear_backend_the_least_is_taken():
+    # float64, which JAX does not take here.
+    explanation = heedful.explain(*large(dtype=torch.float64), window=(256, 0))
+    assert explanation.chosen == "torch:sdpa-flash"
+    verdicts = {verdict.name: verdict for verdict in explanation.verdicts}
+    assert verdicts["torch:sdpa-flash"].score_bytes == 8 * 16384**2
+    assert verdicts["torch:sdpa-math"].score_bytes == (2 * 2 + 1) * 8 * 16384**2
+    assert "torch:sdpa-flash" in str(explanation) and "builds 2 GiB" in str(explanation)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_mask_is_as_large_as_it_is_said_to_be(case):
+    q, k, v, _ = (torch.zeros(1).expand(x.shape) for x in case.operands())
+    options = {
+        name: torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype != "bfloat16" else x
+        for name, x in case.options.items()
+    }
+    if "bias" in options:
+        options["bias"] = expanded(*options["bias"].shape)
+    problem = Problem.of(q, k, v, **options)
+    place = span(problem)
+    made = score_mask(problem, problem.canonical(q, k, v, **options), place, torch.float32)
+    if place.columns and place.rows:
+        assert made.additive.shape == additive_shape(problem, place)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "bytes_of_mask"),
+    [
+        ("torch:sdpa-flash", {"causal": True}, 0),
+        ("torch:sdpa-cudnn", {"causal": True, "Sk": 6}, 0),
+        ("torch:sdpa-efficient", {"causal": "top_left"}, 0),
+        ("torch:sdpa-efficient", {"causal": True}, 2 * 6 * 9),
+        ("torch:sdpa-efficient", {"mask": torch.ones(2, 1, 6, 9, dtype=torch.bool)}, 2 * 2 * 6 * 9),
+        ("torch:sdpa-efficient", {"bias": normal(4, 6, 9, dtype=torch.bfloat16)}, 2 * 4 * 6 * 9),
+        ("torch:sdpa-efficient", {"kv_lengths": torch.tensor([1, 2])}, 0),
+        ("torch:sdpa-math", {}, 2 * 4 * 2 * 4 * 6 * 9),
+    ],
+)
+def test_what_the_kernels_build_on_a_gpu(backend, options, bytes_of_mask):
+    q, k, v = qkv(Sk=options.get("Sk", 9), dtype=torch.bfloat16)
+    options = {name: x for name, x in options.items() if name != "Sk"}
+    problem = dataclasses.replace(Problem.of(q, k, v, **options), platform="gpu")
+    assert BACKENDS[backend].score_bytes(problem) == bytes_of_mask
 
 
 # Refusals, which are data

@@ -1,6 +1,7 @@
 """Who computes a call: names, preference, the automatic choice, refusals, and the registry."""
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 from textwrap import dedent
@@ -19,13 +20,17 @@ Q = jnp.ones((1, 2, 3, 8))
 class Fake:
     """Gives its own number as every output, so that an answer says who computed it."""
 
-    def __init__(self, name, number, *reasons, automatic=None):
+    def __init__(self, name, number, *reasons, automatic=None, builds=0):
         self.name, self.number, self.given_reasons = name, number, reasons
+        self.builds = builds
         if automatic is not None:
             self.automatic = automatic
 
     def reasons(self, problem):
         return self.given_reasons
+
+    def score_bytes(self, problem):
+        return self.builds
 
     def run(self, problem, operands):
         shape = (problem.batch, problem.q_heads, problem.q_length)
@@ -201,6 +206,92 @@ def test_the_automatic_choice_goes_by_rank_and_leaves_out_those_without_one():
     finally:
         for fake in fakes:
             heedful.unregister(fake.name)
+
+
+@contextlib.contextmanager
+def registered(*fakes):
+    for fake in fakes:
+        heedful.register(fake)
+    try:
+        yield
+    finally:
+        for fake in fakes:
+            heedful.unregister(fake.name)
+
+
+def test_the_automatic_choice_takes_no_quadratic_memory_where_a_linear_backend_accepts():
+    first = Fake("jax:first", 5, automatic=-2)
+    second = Fake("jax:second", 6, automatic=-1)
+    with registered(first, second):
+        assert who() == 5
+        first.builds = 2 * 2**20  # no more than a tile of the linear ones
+        assert who() == 5
+        first.builds += 1
+        assert who() == 6
+        assert who(backend="jax:first") == who(backend=["jax:first", "jax:second"]) == 5
+        explanation = explain(Q, Q, Q)
+        assert explanation.chosen == "jax:second"
+        assert explanation.why == (
+            "the automatic choice; jax:first builds 2 MiB of scores or masks over (Sq, Sk)"
+        )
+        assert "accepts, and builds 2 MiB of scores or masks" in str(explanation)
+        second.given_reasons = ("not today",)
+        assert explain(Q, Q, Q).chosen == "jax:flash"
+        assert explain(Q, Q, Q).why == (
+            "the automatic choice; jax:second refused; "
+            "jax:first builds 2 MiB of scores or masks over (Sq, Sk)"
+        )
+
+
+def test_where_all_are_quadratic_the_automatic_choice_takes_the_least():
+    q = np.ones((3, 8))  # float64, which no backend of JAX takes
+    first = Fake("numpy:first", 5, automatic=-2, builds=2**40)
+    second = Fake("numpy:second", 6, automatic=-1, builds=2**30)
+    with registered(first, second):
+        assert explain(q, q, q).chosen == "numpy:oracle"
+        shape = np.broadcast_to(np.zeros((), np.float64), (2**20, 8))
+        assert explain(shape, shape, shape).chosen == "numpy:second"
+        assert explain(shape, shape, shape).why == (
+            "the automatic choice; jax:flash, jax:plain refused; "
+            "numpy:first builds 1 TiB of scores or masks over (Sq, Sk)"
+        )
+
+
+def test_what_the_caller_holds_over_the_scores_may_be_doubled():
+    fake = Fake("jax:first", 5, automatic=-1, builds=4 * 2048**2)
+    q = jax.ShapeDtypeStruct((1, 2, 2048, 8), jnp.float32)
+    with registered(fake):
+
+        def chosen(**options):
+            shapes = {
+                name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in options.items()
+            }
+            return explain(q, q, q, **shapes).chosen
+
+        assert chosen(bias=((2048, 2048), jnp.float32)) == "jax:first"
+        assert chosen(bias=((2, 1, 2048), jnp.float32)) == "jax:flash"
+        assert chosen(mask=((2048, 2048), bool)) == "jax:flash"
+        assert chosen(mask=((2, 2048, 2048), bool)) == "jax:flash"
+        fake.builds //= 2
+        assert chosen(mask=((2, 2048, 2048), bool)) == "jax:first"
+
+
+def test_a_backend_that_cannot_say_what_it_builds_is_passed_over():
+    fake = Fake("jax:first", 5, automatic=-1, builds="much")
+    with registered(fake):
+        assert who() == 1 == float(attention(Q, Q, Q)[0, 0, 0, 0])
+        verdicts = {verdict.name: verdict for verdict in explain(Q, Q, Q).verdicts}
+        assert "its score_bytes fails" in str(verdicts["jax:first"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "bytes_a_score"),
+    [("jax:flash", 0), ("jax:plain", 4), ("jax:nn-xla", 4), ("numpy:oracle", 8 / 4)],
+)
+def test_what_the_backends_of_core_build(backend, bytes_a_score):
+    shapes = (jax.ShapeDtypeStruct((2, heads, 64, 8), jnp.float32) for heads in (4, 2, 2))
+    verdicts = {verdict.name: verdict for verdict in explain(*shapes).verdicts}
+    assert verdicts[backend].score_bytes == bytes_a_score * 2 * 4 * 64 * 64
 
 
 def test_numpy_float64_goes_to_the_oracle_while_jax_has_none():

@@ -83,6 +83,22 @@ def test_cudnn(asked, reasons):
     assert jax_nn_cudnn.backend.reasons(problem(**asked)) == reasons
 
 
+@pytest.mark.parametrize(
+    ("asked", "bytes_a_score"),
+    [
+        ({}, 0),
+        ({"causal": "top_left"}, 0),
+        ({"kv_lengths": LENGTHS}, 0),
+        ({"causal": True}, 2),
+        ({"window": (3, 0)}, 2),
+        ({"bias": BIAS}, 2),
+        ({"mask": np.ones((2, 8), bool)}, 2),
+    ],
+)
+def test_what_cudnn_is_given_beside_q_k_v(asked, bytes_a_score):
+    assert jax_nn_cudnn.backend.score_bytes(problem(**asked)) == bytes_a_score * 2 * 4 * 6 * 8
+
+
 def test_cudnn_asks_what_gpu_there_is(gpu):
     wide = problem(D=256, Dv=256)
     assert jax_nn_cudnn.backend.reasons(wide) == []

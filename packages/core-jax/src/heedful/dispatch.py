@@ -1,7 +1,9 @@
 """Who computes a problem: the Backend protocol, the registry, the choice, and its explanation."""
 
+import math
+import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,9 +30,12 @@ SEARCH = {"jax": ("jax",), "numpy": ("jax", "numpy"), "torch": ("torch", "jax")}
 class Backend(Protocol):
     """One way to compute attention.
 
-    Two more attributes are optional: `automatic`, its rank in the automatic choice within its
-    framework, lower first (without it, it is taken by name alone); and `deterministic`, True where it
-    claims that a repeated run is bitwise equal, which the crosscheck then holds it to.
+    Three more attributes are optional: `automatic`, its rank in the automatic choice within its
+    framework, lower first (without it, it is taken by name alone); `deterministic`, True where it
+    claims that a repeated run is bitwise equal, which the crosscheck then holds it to; and the method
+    `score_bytes(problem)`: how many bytes of scores, masks and the like, anything that grows with
+    Sq · Sk, the forward pass builds beside its operands and results. Without it, or where it is 0, the
+    backend's memory is linear. The automatic choice weighs it.
 
     Attributes:
         name: "framework:kernel", for example "jax:flash"; the framework is that of the arrays which
@@ -204,16 +209,43 @@ def use_backend(name: str | Sequence[str]) -> Iterator[None]:
         _preferred.reset(token)
 
 
+UNKNOWN = 2**63  # bytes: more than any machine has
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What one backend says to a problem: `reasons` is empty where it accepts."""
+    """What one backend says to a problem.
+
+    Attributes:
+        name: of the backend.
+        reasons: all that keeps it from the problem; empty where it accepts.
+        score_bytes: what it builds that grows with Sq · Sk; 0 where its memory is linear, `UNKNOWN`
+            where a size is a symbol.
+    """
 
     name: str
     reasons: tuple[str, ...]
+    score_bytes: int = 0
 
     @property
     def accepted(self) -> bool:
         return not self.reasons
+
+    def __str__(self) -> str:
+        if not self.accepted:
+            return "; ".join(self.reasons)
+        return f"accepts{f', and {self.builds}' if self.score_bytes else ''}"
+
+    @property
+    def builds(self) -> str:
+        if self.score_bytes == UNKNOWN:
+            return "builds scores or masks over (Sq, Sk)"
+        size, unit = float(self.score_bytes), "bytes"
+        for larger in ("KiB", "MiB", "GiB", "TiB"):
+            if size < 1024:
+                break
+            size, unit = size / 1024, larger
+        return f"builds {size:.3g} {unit} of scores or masks over (Sq, Sk)"
 
 
 @dataclass(frozen=True)
@@ -236,8 +268,7 @@ class Explanation:
         width = max((len(v.name) for v in self.verdicts), default=0)
         lines = [f"chosen: {self.chosen or 'none'} ({self.why})"]
         for verdict in self.verdicts:
-            said = "accepts" if verdict.accepted else "; ".join(verdict.reasons)
-            lines.append(f"  {verdict.name:<{width}}  {said}")
+            lines.append(f"  {verdict.name:<{width}}  {verdict}")
         return "\n".join(lines)
 
 
@@ -279,6 +310,36 @@ def _automatic(problem: Problem) -> list[str]:
     return names
 
 
+TILE_BYTES = 2 * 2**20  # of scores, which a backend of linear memory holds too
+
+
+def _first(problem: Problem, asked: Iterable[Verdict], by_memory: bool) -> Verdict | None:
+    """The first verdict that accepts, asking no further; None where none does.
+
+    By memory, one that builds more over (Sq, Sk) than a tile, and more than the caller himself holds of
+    that shape, is taken only where nobody builds less: its memory is quadratic, and with a window so is
+    its time. (To cross into another framework costs 0.2 ms.)
+    """
+    accepted = []
+    for verdict in asked:
+        if verdict.accepted:
+            if not by_memory or _is_harmless(verdict.score_bytes, problem):
+                return verdict
+            accepted.append(verdict)
+    return min(accepted, key=lambda verdict: verdict.score_bytes, default=None)
+
+
+def _is_harmless(score_bytes: int, problem: Problem) -> bool:
+    if score_bytes <= TILE_BYTES or score_bytes == UNKNOWN:
+        return score_bytes != UNKNOWN
+    held = [(problem.mask_shape, "bool"), (problem.bias_shape, problem.bias_dtype)]
+    return score_bytes <= sum(
+        math.prod(shape) * jax.numpy.dtype(dtype).itemsize
+        for shape, dtype in held
+        if shape is not None and 1 not in shape[2:]
+    )
+
+
 def bridge_between(caller: str, framework: str) -> Bridge | None:
     """The bridge between two frameworks; None where they are the same.
 
@@ -314,6 +375,20 @@ def reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
     return (*crossing, *own)
 
 
+def _verdict(backend: Backend, problem: Problem) -> Verdict:
+    why = reasons(backend, problem)
+    if why or not hasattr(backend, "score_bytes"):
+        return Verdict(backend.name, why)
+    sizes = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
+    if not all(isinstance(size, int) for size in sizes):  # a dimension of jax.export
+        return Verdict(backend.name, (), UNKNOWN)
+    try:
+        score_bytes = operator.index(backend.score_bytes(problem))
+    except Exception as error:  # whatever a broken backend raises, the others must go on
+        return Verdict(backend.name, (f"its score_bytes fails: {error}",))
+    return Verdict(backend.name, (), score_bytes)
+
+
 def choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Backend:
     """The backend for a problem. Reads no array data, so it works under any JAX trace.
 
@@ -321,33 +396,38 @@ def choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Back
         Refusal: nobody that was asked can; carries every reason of each.
     """
     names, source = _wanted(backend)
-    said: dict[str, tuple[str, ...]] = {}
-    for name in _automatic(problem) if names is None else names:
-        candidate = _backend(name)
-        said[name] = reasons(candidate, problem)
-        if not said[name]:
-            return candidate
+    said: list[Verdict] = []
+
+    def asked() -> Iterator[Verdict]:
+        for name in _automatic(problem) if names is None else names:
+            said.append(_verdict(_backend(name), problem))
+            yield said[-1]
+
+    if chosen := _first(problem, asked(), by_memory=names is None):
+        return _backend(chosen.name)
+    reasons = {verdict.name: verdict.reasons for verdict in said}
     if not said:
-        raise Refusal(f"no backend for {problem.framework} arrays is installed", said)
-    lines = [f"{name}: {'; '.join(why)}" for name, why in said.items()]
-    asked = "cannot compute this call" if len(lines) == 1 else "none of them can compute this call"
-    raise Refusal(f"{', '.join(said)} ({source}) {asked}.\n  " + "\n  ".join(lines), said)
+        raise Refusal(f"no backend for {problem.framework} arrays is installed", reasons)
+    lines = [f"{verdict.name}: {verdict}" for verdict in said]
+    nobody = "cannot compute this call" if len(lines) == 1 else "none of them can compute this call"
+    raise Refusal(f"{', '.join(reasons)} ({source}) {nobody}.\n  " + "\n  ".join(lines), reasons)
 
 
 def explain_choice(problem: Problem, backend: str | Sequence[str] | None = None) -> Explanation:
     """What `choose` would do, and what every backend says."""
     names, source = _wanted(backend)
-    verdicts = tuple(Verdict(name, reasons(b, problem)) for name, b in backends().items())
-    accepted = {v.name for v in verdicts if v.accepted}
-    asked = _automatic(problem) if names is None else list(names)
-    chosen = next((name for name in asked if name in accepted), None)
+    verdicts = {name: _verdict(b, problem) for name, b in backends().items()}
+    asked = [verdicts[name] for name in (_automatic(problem) if names is None else names)]
+    chosen = _first(problem, asked, by_memory=names is None)
     if chosen is None:
-        why = f"{source}; none of {', '.join(asked)} accepts"
-    elif asked[0] == chosen:
-        why = source
+        why = [f"none of {', '.join(v.name for v in asked)} accepts"]
     else:
-        why = f"{source}; {', '.join(asked[: asked.index(chosen)])} refused"
-    return Explanation(problem, chosen, why, verdicts)
+        passed_over = asked[: asked.index(chosen)]
+        refused = [v.name for v in passed_over if not v.accepted]
+        why = [f"{', '.join(refused)} refused"] if refused else []
+        why += [f"{v.name} {v.builds}" for v in passed_over if v.accepted]
+    name = None if chosen is None else chosen.name
+    return Explanation(problem, name, "; ".join([source, *why]), tuple(verdicts.values()))
 
 
 def run(backend: Backend, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:

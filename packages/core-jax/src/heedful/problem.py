@@ -170,6 +170,11 @@ class Problem:
         return self.q_heads // self.kv_heads
 
     @property
+    def score_count(self) -> int:
+        """How many scores there are, B · Hq · Sq · Sk: what materialised attention holds."""
+        return self.batch * self.q_heads * self.q_length * self.kv_length
+
+    @property
     def band(self) -> tuple[int | None, int | None]:
         """(left, right): p_i − left ≤ j ≤ p_i + right is what causal and window ask together."""
         left, right = self.window or (None, None)

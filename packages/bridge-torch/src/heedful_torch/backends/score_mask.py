@@ -18,6 +18,7 @@ multiplies it by a probability of zero, and 0 · NaN is NaN. Every step is a sel
 NaN through, forward or backward.
 """
 
+import dataclasses
 from typing import Literal, NamedTuple
 
 import torch
@@ -81,6 +82,25 @@ def masking(problem: Problem) -> list[str]:
     return [option for option, is_asked in asked.items() if is_asked]
 
 
+def additive_shape(problem: Problem, place: Span) -> tuple[int, int, int, int]:
+    """The shape of `score_mask`'s additive mask, from the problem alone."""
+    given = [shape for shape in (problem.mask_shape, problem.bias_shape) if shape is not None]
+    full = (problem.batch, problem.q_heads, len(place.rows), len(place.columns))
+    placed = place.hides != "nothing"
+    offset_a_row = placed and problem.q_offset is None
+    asked = (
+        problem.q_lengths or problem.kv_lengths or offset_a_row,
+        False,
+        problem.q_lengths or placed,
+        problem.kv_lengths or placed,
+    )
+    batch, heads, rows, columns = (
+        n if asked[axis] or any(shape[axis] != 1 for shape in given) else 1
+        for axis, n in enumerate(full)
+    )
+    return batch, heads, rows, columns
+
+
 class ScoreMask(NamedTuple):
     """Bias and visibility over the rows and columns of a span.
 
@@ -99,6 +119,8 @@ class ScoreMask(NamedTuple):
 def score_mask(problem: Problem, operands: Operands, place: Span, dtype: torch.dtype) -> ScoreMask:
     """The mask of a problem, in `dtype`. A bias of -inf hides a key as a mask does."""
     device = operands.q.device
+    if place.hides == "nothing":  # what position hid is cut off: what is left needs no axes for it
+        problem = dataclasses.replace(problem, causal=False, window=None)
     visibility = visible(
         problem,
         operands._replace(mask=None if operands.mask is None else _cut(operands.mask, place)),

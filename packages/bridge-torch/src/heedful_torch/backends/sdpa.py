@@ -21,6 +21,7 @@ one kernel. What SDPA does around these operators, and what the contract asks be
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from heedful.problem import Operands, Problem
 from heedful_torch.backends.row_sums import row_sums
-from heedful_torch.backends.score_mask import masking, score_mask, span
+from heedful_torch.backends.score_mask import additive_shape, masking, score_mask, span
 from heedful_torch.function import FirstOrder, Function, no_forward_mode
 
 # (q, k, v, additive mask or None, causal, scale)
@@ -117,6 +118,24 @@ def limits(kernel: Kernel, problem: Problem) -> list[str]:
                 f"not {size}: the gradient of the LSE needs columns of its own"
             )
     return reasons
+
+
+def score_bytes(kernel: Kernel, problem: Problem) -> int:
+    """What a kernel is given, or materialises itself, that grows with Sq · Sk, in bytes."""
+    place = span(problem)
+    itemsize = getattr(torch, problem.accumulator).itemsize
+    found = 0
+    if kernel.backward is None:  # scores and probabilities
+        found += (
+            2 * itemsize * problem.batch * problem.q_heads * len(place.rows) * len(place.columns)
+        )
+    asked = masking(problem) or problem.bias_shape is not None
+    if asked or not (place.hides == "nothing" or kernel.flagged(problem)):
+        shape = additive_shape(problem, place)
+        if 1 not in shape[2:]:
+            dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
+            found += math.prod(shape) * getattr(torch, dtype).itemsize
+    return found
 
 
 def cuda_limits(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heedful.problem import Operands, Problem
 from heedful_torch.backends.score_mask import span
-from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits
+from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits, score_bytes
 
 aten = torch.ops.aten
 
@@ -78,6 +78,9 @@ class SdpaCudnn:
                     "on this GPU it is wrong for fewer than 8 key heads, silently (pytorch#193893)"
                 )
         return reasons
+
+    def score_bytes(self, problem: Problem) -> int:
+        return score_bytes(KERNEL, problem)
 
     def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
         return attend(KERNEL, problem, operands)

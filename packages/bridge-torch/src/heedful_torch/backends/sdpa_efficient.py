@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heedful.problem import Operands, Problem
 from heedful_torch.backends.score_mask import masking, span
-from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits
+from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits, score_bytes
 
 aten = torch.ops.aten
 
@@ -91,6 +91,9 @@ class SdpaEfficient:
                 "(pytorch#162588)"
             )
         return reasons
+
+    def score_bytes(self, problem: Problem) -> int:
+        return score_bytes(KERNEL, problem)
 
     def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
         return attend(KERNEL, problem, operands)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful.problem import Operands, Problem
-from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits
+from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits, score_bytes
 
 aten = torch.ops.aten
 
@@ -111,6 +111,9 @@ class SdpaFlash:
         if not torch.backends.cuda.is_flash_attention_available():
             reasons.append("this torch is built without flash attention for GPUs")
         return reasons
+
+    def score_bytes(self, problem: Problem) -> int:
+        return score_bytes(CPU if problem.platform == "cpu" else CUDA, problem)
 
     def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
         return attend(CPU if problem.platform == "cpu" else CUDA, problem, operands)

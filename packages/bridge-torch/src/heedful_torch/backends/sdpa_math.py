@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from heedful.problem import Operands, Problem
-from heedful_torch.backends.sdpa import Kernel, attend, limits
+from heedful_torch.backends.sdpa import Kernel, attend, limits, score_bytes
 
 
 def _forward(
@@ -43,6 +43,9 @@ class SdpaMath:
                 "torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)"
             )
         return reasons
+
+    def score_bytes(self, problem: Problem) -> int:
+        return score_bytes(KERNEL, problem)
 
     def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, None]:
         out, _ = attend(KERNEL, problem, operands)

@@ -56,6 +56,11 @@ class CudnnBackend:
             )
         return reasons
 
+    def score_bytes(self, problem: Problem) -> int:
+        hidden = problem.positional or problem.mask_shape or problem.q_lengths or problem.kv_lengths
+        builds = problem.bias_shape or (hidden and not _native(problem))
+        return 2 * problem.score_count if builds else 0
+
     @partial(jax.jit, static_argnums=(0, 1))
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, None]:
         seen = jax_nn.visibility(problem, operands)

@@ -44,6 +44,9 @@ class XlaBackend:
             )
         return reasons
 
+    def score_bytes(self, problem: Problem) -> int:
+        return 4 * problem.score_count  # float32
+
     @partial(jax.jit, static_argnums=(0, 1))
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, None]:
         seen = jax_nn.visibility(problem, operands)

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import numpy as np
 
 from heedful.plain import plain
 from heedful.problem import Array, Operands, Problem
@@ -17,6 +18,9 @@ class PlainBackend:
 
     def reasons(self, problem: Problem) -> tuple[str, ...]:
         return ()
+
+    def score_bytes(self, problem: Problem) -> int:
+        return problem.score_count * np.dtype(problem.accumulator).itemsize
 
     @partial(jax.jit, static_argnums=(0, 1))
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, Array]:
