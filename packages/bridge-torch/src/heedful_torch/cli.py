@@ -49,6 +49,9 @@ def crosscheck(
         Path, typer.Option("--json", metavar="PATH", help="Where the report goes as JSON.")
     ] = Path("crosscheck.json"),
     seed: Annotated[int, typer.Option(min=0, help="Of generated inputs and cotangents.")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Count lossy as disagreement (status 1).")
+    ] = False,
     imports: Annotated[
         list[str] | None,
         typer.Option("--import", metavar="MODULE", help="Imported first: one that registers."),
@@ -56,7 +59,8 @@ def crosscheck(
 ) -> None:
     """Run every backend against a float64 oracle: outputs, log-sum-exp and gradients.
 
-    Exit status: 0 all agree, 1 somebody disagrees, 2 it could not run.
+    Exit status: 0 all agree (lossy, which is said, included unless --strict), 1 somebody disagrees,
+    2 it could not run.
     """
     from heedful_torch import (
         crosscheck as judge,  # here, since torch and JAX take seconds to import
@@ -77,6 +81,7 @@ def crosscheck(
                 lambda done, total, what: bar.update(
                     task, completed=done, total=total, description=what
                 ),
+                strict,
             )
     except ValueError as error:  # a name or a file; what a backend raises is judged instead
         _stop(str(error))
@@ -88,7 +93,7 @@ def crosscheck(
 
 
 def _exit_status(report: "Report", asked_for: list[str]) -> int:
-    if report.failures:
+    if report.failures or (report.strict and report.losses):
         return DISAGREE
     ran_nothing = [name for name in asked_for if report.verdicts[name] == "refused"]
     if ran_nothing or not report.agree:

@@ -1,12 +1,14 @@
 """Attention and its gradients in float64 NumPy: the judge of every backend, written to be read.
 
-One key head at a time. Its keys are one matrix, the queries of all heads that read it are stacked
-into another, and so everything in between is the contract (the docstring of `heedful.Problem`) on
-plain matrices: a row for each query i, a column for each key j.
+One query head at a time, and of its queries so many at once as their scores make a matrix of bounded
+size: memory grows with Sq + Sk. Everything in between is the contract (the docstring of
+`heedful.Problem`) on plain matrices: a row for each query i, a column for each key j.
 
 Two rules run through it. What a query does not see takes no part in its arithmetic at all, not even
 as zero times NaN. And a NaN or an infinity that a query does see spreads as floating point has it,
 silently: that is the caller's arithmetic, nothing to warn of here.
+
+It shares no rule with what it judges: which keys are seen it says in its own words.
 """
 
 from collections.abc import Iterator
@@ -15,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from heedful.problem import Array, Operands, Problem
-from heedful.visibility import visible
+
+SCORES_AT_ONCE = 2**19  # 4 MiB in float64, and ten or so such matrices are alive at a time
 
 _silently = np.errstate(invalid="ignore", over="ignore")
 
@@ -31,13 +34,12 @@ def forward(problem: Problem, operands: Operands) -> tuple[np.ndarray, np.ndarra
     Returns:
         out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), both float64.
     """
-    batch, kv_heads, rows = _stack(problem)
-    out = np.zeros((batch, kv_heads, rows, problem.value_dim))
-    lse = np.zeros((batch, kv_heads, rows))
-    for at, head in _heads(problem, operands):
-        weights, lse[at], _ = _softmax(problem, head)
-        out[at] = _sum_over_seen(weights, head.seen, head.v)
-    return out.reshape(*_queries(problem), problem.value_dim), lse.reshape(_queries(problem))
+    queries = (problem.batch, problem.q_heads, problem.q_length)
+    out, lse = np.zeros((*queries, problem.value_dim)), np.zeros(queries)
+    for part in parts(problem, operands, np.float64):
+        weights, lse[part.queries], _ = _softmax(problem, part)
+        out[part.queries] = _sum_over_seen(weights, part.seen, part.v)
+    return out, lse
 
 
 @_silently
@@ -55,30 +57,20 @@ def gradients(
     Returns:
         dq, dk, dv and dbias, float64, shaped like q, k, v and bias; dbias is None where bias is.
     """
-    stack = _stack(problem)
-    dout = _float64(out_cotangent).reshape(*stack, problem.value_dim)
-    dlse = _float64(lse_cotangent).reshape(*stack)
+    dout, dlse = (np.asarray(x).astype(np.float64) for x in (out_cotangent, lse_cotangent))
+    dq, dk, dv = (np.zeros(x.shape) for x in operands[:3])
+    dbias = None if operands.bias is None else np.zeros(operands.bias.shape)
 
-    dq = np.zeros((*stack, problem.head_dim))
-    dk = np.zeros(operands.k.shape)
-    dv = np.zeros(operands.v.shape)
-    dbias = None if operands.bias is None else np.zeros((*stack, problem.kv_length))
-
-    for at, head in _heads(problem, operands):
-        weights, _, slope = _softmax(problem, head)
-        dv[at] = _sum_over_seen(weights.T, head.seen.T, dout[at])
-        dweights = np.where(head.seen, dout[at] @ head.v.T, 0)
-        dscores = _softmax_gradient(head.seen, weights, dweights, dlse[at])
+    for part in parts(problem, operands, np.float64):
+        weights, _, slope = _softmax(problem, part)
+        dv[part.keys] += _sum_over_seen(weights.T, part.seen.T, dout[part.queries])
+        dweights = np.where(part.seen, dout[part.queries] @ part.v.T, 0)
+        dscores = _softmax_gradient(part.seen, weights, dweights, dlse[part.queries])
         if dbias is not None:
-            dbias[at] = dscores
-        dproduct = np.where(head.seen, problem.scale * slope * dscores, 0)
-        dq[at] = _sum_over_seen(dproduct, head.seen, head.k)
-        dk[at] = _sum_over_seen(dproduct.T, head.seen.T, head.q)
-
-    dq = dq.reshape(*_queries(problem), problem.head_dim)
-    if dbias is not None:
-        dbias = dbias.reshape(*_queries(problem), problem.kv_length)
-        dbias = _sum_over_broadcast(dbias, operands.bias)
+            add_over_broadcast(dbias, part, dscores)
+        dproduct = np.where(part.seen, problem.scale * slope * dscores, 0)
+        dq[part.queries] = _sum_over_seen(dproduct, part.seen, part.k)
+        dk[part.keys] += _sum_over_seen(dproduct.T, part.seen.T, part.q)
     return dq, dk, dv, dbias
 
 
@@ -95,15 +87,17 @@ def _sum_over_seen(weights: np.ndarray, seen: np.ndarray, x: np.ndarray) -> np.n
     return total
 
 
-def _softmax(problem: Problem, head: "_Head") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _softmax(problem: Problem, part: "Part") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The weights p_ij, lse_i, and the slope of the softcap at each score."""
-    scores = problem.scale * (head.q @ head.k.T)
+    scores = problem.scale * (part.q @ part.k.T)
     slope = np.ones_like(scores)
     if problem.softcap is not None:
-        tanh = np.tanh(scores / problem.softcap)
-        scores = problem.softcap * tanh
-        slope = 1 - tanh**2
-    scores = np.where(head.seen, scores + head.bias, -np.inf)
+        # Kernels take the slope as 1 − tanh², of which rounding leaves little where tanh is near 1.
+        slope = 1 / np.cosh(np.clip(scores / problem.softcap, -300, 300)) ** 2
+        scores = problem.softcap * np.tanh(scores / problem.softcap)
+    if part.bias is not None:
+        scores = _add_bias(scores, part.bias, problem.accumulator)
+    scores = np.where(part.seen, scores, -np.inf)
 
     highest = scores.max(axis=1, keepdims=True, initial=-np.inf)
     highest = np.where(highest == -np.inf, 0, highest)
@@ -111,9 +105,19 @@ def _softmax(problem: Problem, head: "_Head") -> tuple[np.ndarray, np.ndarray, n
     total = exponentials.sum(axis=1, keepdims=True)
 
     empty = total == 0
-    weights = np.where(head.seen, exponentials / np.where(empty, 1, total), 0)
+    weights = np.where(part.seen, exponentials / np.where(empty, 1, total), 0)
     lse = np.where(empty, -np.inf, highest + np.log(np.where(empty, 1, total)))
     return weights, lse[:, 0], slope
+
+
+def _add_bias(scores: np.ndarray, bias: np.ndarray, accumulator: str) -> np.ndarray:
+    """scores + bias, and bias alone where the accumulator cannot hold both.
+
+    A query whose every key has a bias of −1e9 weighs them alike: of scores that differ by less than 64
+    nothing is left beside it in float32, and by the contract that is where scores are added up.
+    """
+    both = scores + bias
+    return np.where(both.astype(accumulator) == bias.astype(accumulator), bias, both)
 
 
 def _softmax_gradient(
@@ -127,53 +131,87 @@ def _softmax_gradient(
 # The bookkeeping
 
 
-class _Head(NamedTuple):
-    """What one key head takes part in. Its rows are its query heads' queries, head after head."""
+class Part(NamedTuple):
+    """Some queries of one head, and what takes part in their attention; matrices.
 
-    q: np.ndarray  # (rows, D)
-    k: np.ndarray  # (Sk, D)
-    v: np.ndarray  # (Sk, Dv)
-    bias: np.ndarray  # (rows, Sk)
-    seen: np.ndarray  # (rows, Sk), boolean
+    Attributes:
+        queries, keys, scores: where these stand in (B, Hq, Sq, ·), in (B, Hkv, Sk, ·) and in bias.
+        q, k, v: (rows, D), (Sk, D), (Sk, Dv).
+        bias: (rows, Sk), or None.
+        seen: (rows, Sk), boolean.
+    """
 
-
-def _queries(problem: Problem) -> tuple[int, int, int]:
-    return problem.batch, problem.q_heads, problem.q_length
-
-
-def _stack(problem: Problem) -> tuple[int, int, int]:
-    """The same queries, by the key head that they read."""
-    return problem.batch, problem.kv_heads, problem.group * problem.q_length
-
-
-def _heads(problem: Problem, operands: Operands) -> Iterator[tuple[tuple[int, int], _Head]]:
-    """Each (b, key head) and what it takes part in."""
-    batch, kv_heads, rows = _stack(problem)
-    q = _float64(operands.q).reshape(batch, kv_heads, rows, problem.head_dim)
-    k, v = _float64(operands.k), _float64(operands.v)
-    bias = np.zeros((1, 1, 1, 1)) if operands.bias is None else _float64(operands.bias)
-    seen = _visible(problem, operands)
-
-    # (B, Hkv, group, Sq, Sk), without memory of their own: one head's part is copied at a time.
-    grouped = (batch, kv_heads, problem.group, problem.q_length, problem.kv_length)
-    bias = np.broadcast_to(bias, (*_queries(problem), problem.kv_length)).reshape(grouped)
-    seen = np.broadcast_to(seen, (*_queries(problem), problem.kv_length)).reshape(grouped)
-    for at in np.ndindex(batch, kv_heads):
-        matrix = (rows, problem.kv_length)
-        yield at, _Head(q[at], k[at], v[at], bias[at].reshape(matrix), seen[at].reshape(matrix))
+    queries: tuple[int, int, slice]
+    keys: tuple[int, int]
+    scores: tuple[int, int, slice] | None
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    bias: np.ndarray | None
+    seen: np.ndarray
 
 
-def _visible(problem: Problem, operands: Operands) -> np.ndarray:
-    rows, columns = np.arange(problem.q_length), np.arange(problem.kv_length)
-    seen = visible(problem, operands, rows, columns)
-    return np.ones((1, 1, 1, 1), bool) if seen is None else seen
+def parts(problem: Problem, operands: Operands, dtype: np.typing.DTypeLike) -> Iterator[Part]:
+    """Every query once, its whole row of scores with it; arrays in the dtype, float64 or float32."""
+    q, k, v = (np.asarray(x).astype(dtype) for x in operands[:3])
+    at_once = max(1, SCORES_AT_ONCE // max(1, problem.kv_length))
+    for b, h in np.ndindex(problem.batch, problem.q_heads):
+        for first in range(0, problem.q_length, at_once):
+            queries = b, h, slice(first, min(first + at_once, problem.q_length))
+            keys = b, h // problem.group
+            matrix = q[queries].shape[0], problem.kv_length
+            scores, bias = None, None
+            if operands.bias is not None:
+                scores = _broadcast_index(operands.bias, queries)
+                bias = np.broadcast_to(np.asarray(operands.bias)[scores].astype(dtype), matrix)
+            seen = sees(problem, operands, queries)
+            yield Part(queries, keys, scores, q[queries], k[keys], v[keys], bias, seen)
 
 
-def _float64(x: Array) -> np.ndarray:
-    return np.asarray(x).astype(np.float64)
+def sees(problem: Problem, operands: Operands, queries: tuple[int, int, slice]) -> np.ndarray:
+    """Which keys these queries see, boolean (rows, Sk): the contract's conditions, one after another.
+
+    Every other backend goes by `heedful.visibility`. This is the same once more, and shares no line.
+    """
+    b, _, rows = queries
+    query, key = np.ogrid[rows, : problem.kv_length]
+    real_queries = problem.q_length if operands.q_lengths is None else int(operands.q_lengths[b])
+    real_keys = problem.kv_length if operands.kv_lengths is None else int(operands.kv_lengths[b])
+    if operands.q_offset is not None:
+        place = query + int(operands.q_offset[b if len(operands.q_offset) > 1 else 0])
+    elif problem.q_offset is not None:
+        place = query + problem.q_offset
+    else:
+        place = query + real_keys - real_queries
+    back, ahead = problem.window or (None, None)
+
+    seen = (query < real_queries) & (key < real_keys)
+    if problem.causal:
+        seen &= key <= place
+    if back is not None:
+        seen &= place - key <= back
+    if ahead is not None:
+        seen &= key - place <= ahead
+    if operands.mask is not None:
+        seen &= np.asarray(operands.mask)[_broadcast_index(operands.mask, queries)]
+    return seen
 
 
-def _sum_over_broadcast(dscores: np.ndarray, bias: Array) -> np.ndarray:
-    """Sums over the axes along which the bias was broadcast."""
-    axes = tuple(axis for axis, size in enumerate(bias.shape) if size == 1)
-    return dscores.sum(axis=axes, keepdims=True)
+def _broadcast_index(x: Array, queries: tuple[int, int, slice]) -> tuple[int, int, slice]:
+    """Where these queries' rows stand in an array whose axes are full or 1."""
+    b, h, rows = queries
+    return (
+        b if x.shape[0] > 1 else 0,
+        h if x.shape[1] > 1 else 0,
+        rows if x.shape[2] > 1 else slice(None),
+    )
+
+
+def add_over_broadcast(total: np.ndarray, part: Part, x: np.ndarray) -> None:
+    """Adds a part's (rows, Sk) to an array shaped like bias, summed over the axes it lacks."""
+    assert part.scores is not None
+    place = total[part.scores]
+    for axis, size in enumerate(place.shape):
+        if size == 1:
+            x = x.sum(axis=axis, keepdims=True)
+    place += x

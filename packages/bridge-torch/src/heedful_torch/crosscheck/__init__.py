@@ -32,6 +32,7 @@ def crosscheck(
     dtypes: Sequence[str] = ("float32", "bfloat16", "float16"),
     seed: int = 0,
     progress: Progress | None = None,
+    strict: bool = False,
 ) -> Report:
     """Runs backends over cases and judges what comes out, as `tolerance.py` describes.
 
@@ -42,6 +43,8 @@ def crosscheck(
         dtypes: of "float64", "float32", "float16" and "bfloat16".
         seed: of the generated inputs and of all cotangents.
         progress: called with (done, total, what comes next).
+        strict: whether `lossy` counts as disagreement: a backend that loses no more digits than
+            kernels of the flash family must in half precision, but more than honest arithmetic does.
 
     Returns:
         the report; `agree` is its verdict, and `str` of it the table.
@@ -55,7 +58,7 @@ def crosscheck(
             raise ValueError(f"dtypes must be of {', '.join(DTYPES)}. Got {dtype!r}.")
     started = time.perf_counter()
     outcomes = collect_outcomes(chosen, _chosen_cases(cases), dtypes, seed, progress)
-    return Report(tuple(outcomes), seed, time.perf_counter() - started)
+    return Report(tuple(outcomes), seed, time.perf_counter() - started, strict)
 
 
 def _chosen_backends(names: Sequence[str] | None) -> list[str]:

@@ -52,7 +52,8 @@ def ask(
     """
     if lse_cotangent is None:
         lse_cotangent = question.lse_cotangent
-    out_cotangent, lse_cotangent = question.problem.restore(question.out_cotangent, lse_cotangent)
+    out_cotangent = question.as_called(question.out_cotangent)
+    lse_cotangent = question.rows_as_called(lse_cotangent)
     options = {**inputs.options, "return_lse": with_lse}
     arrays: Named = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
     if "bias" in options:

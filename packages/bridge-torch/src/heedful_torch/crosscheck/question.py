@@ -1,13 +1,33 @@
-"""One case in one dtype: what every backend is asked, and what is right."""
+"""One case in one dtype: what every backend is asked, and what is right.
 
+Between the caller's rank and layout and (B, H, S, D) it goes its own way, not by `Problem.canonical` and
+`Problem.restore`: a fault of theirs that undid itself on the way back would stay unseen.
+"""
+
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from heedful import Operands, Problem, oracle
-from heedful_torch.crosscheck.cases import Case, Inputs
-from heedful_torch.crosscheck.yardstick import Tensors, plain, seen_keys, sum_to
+from heedful_torch.crosscheck.cases import Case, InputError, Inputs
+from heedful_torch.crosscheck.yardstick import BEST, Arithmetic, Tensors, attend, lossy
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is right, and what honest arithmetic makes of it.
+
+    Attributes:
+        right: the oracle's tensors, float64.
+        best: the yardstick's, once for each honest order of operations.
+        lossy: the same, by arithmetic that loses what kernels are known to lose.
+    """
+
+    right: Tensors
+    best: tuple[Tensors, ...]
+    lossy: tuple[Tensors, ...]
 
 
 @dataclass(frozen=True)
@@ -41,11 +61,6 @@ class Question:
         lse_cotangent = random.standard_normal(rows).astype(problem.accumulator)
         return cls(case, dtype, inputs, problem, out_cotangent, lse_cotangent)
 
-    @cached_property
-    def operands(self) -> Operands:
-        x = self.inputs
-        return self.problem.canonical(x.q, x.k, x.v, **x.options)
-
     # What is right
 
     @cached_property
@@ -54,52 +69,92 @@ class Question:
         return {"out": out, "lse": lse}
 
     @cached_property
-    def _with_lse(self) -> tuple[Tensors, Tensors]:
+    def _with_lse(self) -> Answers:
         return self._answers(self.lse_cotangent)
 
     @cached_property
-    def _without_lse(self) -> tuple[Tensors, Tensors]:
+    def _without_lse(self) -> Answers:
         return self._answers(np.zeros_like(self.lse_cotangent))
 
-    def answers(self, with_lse: bool) -> tuple[Tensors, Tensors]:
-        """The oracle's tensors and plain attention's; the gradients with or without that of LSE."""
+    def answers(self, with_lse: bool) -> Answers:
+        """The right tensors and the yardsticks'; the gradients with or without that of LSE."""
         return self._with_lse if with_lse else self._without_lse
 
-    def _answers(self, lse_cotangent: np.ndarray) -> tuple[Tensors, Tensors]:
+    def _answers(self, lse_cotangent: np.ndarray) -> Answers:
         cotangents = self.out_cotangent, lse_cotangent
         dq, dk, dv, dbias = oracle.gradients(self.problem, self.operands, *cotangents)
         right = self._forward | {"dq": dq, "dk": dk, "dv": dv}
         if dbias is not None:
-            right["dbias"] = dbias
-        return right, plain(self.problem, self.operands, *cotangents)
+            right["dbias"] = self._as_bias_came(dbias)
+
+        def by(arithmetic: Arithmetic) -> Tensors:
+            tensors = attend(arithmetic, self.problem, self.operands, *cotangents)
+            if "dbias" in tensors:
+                tensors["dbias"] = self._as_bias_came(tensors["dbias"])
+            return tensors
+
+        return Answers(right, tuple(map(by, BEST)), tuple(map(by, lossy(self.dtype))))
+
+    def check_range(self) -> None:
+        """Whether the question can be answered in its dtype at all.
+
+        Raises:
+            InputError: a number on the way or a result lies beyond the dtype, for honest arithmetic
+                and so for every backend.
+        """
+        answers = self.answers(self.case.return_lse)
+        for name, want in answers.right.items():
+            nothing_seen = np.isneginf(want) if name == "lse" else np.False_
+            for tensors in (answers.right, *answers.best):
+                if not (np.isfinite(tensors[name]) | nothing_seen).all():
+                    raise InputError(
+                        f"{self.case.name}: {name} overflows in {self.dtype}, in honest arithmetic "
+                        f"too: there is nothing to judge by. Leave {self.dtype} out, or scale the "
+                        "inputs down."
+                    )
 
     # What plays no part
 
     @cached_property
-    def _seen(self) -> np.ndarray:
-        return seen_keys(self.problem, self.operands)
+    def hidden(self) -> Tensors:
+        """What of each tensor has no weight: queries without any, keys without any; exactly 0.
+
+        A bias of −inf takes a key's weight as a mask does.
+        """
+        weighed, _ = self._reached
+        return {n: np.logical_not(x) for n, x in weighed.items()}
 
     @cached_property
-    def hidden(self) -> Tensors:
-        """What of each tensor belongs to a query that sees nothing, or to a key that nobody sees."""
-        queries = np.logical_not(self._seen.any(-1, keepdims=True))
-        b, _, sq, sk = self._seen.shape
-        by_key_head = self._seen.reshape(b, self.problem.kv_heads, -1, sq, sk)
-        keys = np.logical_not(by_key_head.any((2, 3)))[..., None]
-        hidden = {"out": queries, "lse": queries, "dq": queries, "dk": keys, "dv": keys}
-        if self.operands.bias is not None:
-            hidden["dbias"] = ~sum_to(self._seen, self.operands.bias.shape).astype(bool)
-        return hidden
+    def _reached(self) -> tuple[Tensors, np.ndarray]:
+        """Where there is weight, by tensor; and which keys anybody sees, (B, Hkv, Sk, 1)."""
+        p = self.problem
+        queries = np.zeros((p.batch, p.q_heads, p.q_length), bool)
+        keys = np.zeros((p.batch, p.kv_heads, p.kv_length), bool)
+        seen_keys = keys.copy()
+        bias = self.operands.bias
+        scores = None if bias is None else np.zeros(bias.shape)
+        for part in oracle.parts(p, self.operands, p.accumulator):
+            weighed = part.seen if part.bias is None else part.seen & (part.bias != -np.inf)
+            queries[part.queries] = weighed.any(-1)
+            keys[part.keys] |= weighed.any(0)
+            seen_keys[part.keys] |= part.seen.any(0)
+            if scores is not None:
+                oracle.add_over_broadcast(scores, part, weighed.astype(np.float64))
+        queries, keys = queries[..., None], keys[..., None]
+        reached = {"out": queries, "lse": queries, "dq": queries, "dk": keys, "dv": keys}
+        if scores is not None:
+            reached["dbias"] = self._as_bias_came(scores) > 0
+        return reached, seen_keys[..., None]
 
     @cached_property
     def poisoned(self) -> Inputs | None:
         """The inputs with inf and NaN in the K and V that nobody sees; None where all are seen."""
-        hidden = self.hidden["dk"]
-        if not hidden.any():
+        _, seen = self._reached
+        if seen.all():
             return None
-        poison = np.where(np.arange(hidden.shape[2]) % 2, np.nan, np.inf)[:, None]
+        poison = np.where(np.arange(seen.shape[2]) % 2, np.nan, np.inf)[:, None]
         k, v = (
-            self.as_called(np.where(hidden, poison, x.astype(np.float64)).astype(x.dtype))
+            self.as_called(np.where(seen, x.astype(np.float64), poison).astype(x.dtype))
             for x in (self.operands.k, self.operands.v)
         )
         return replace(self.inputs, k=k, v=v)
@@ -109,31 +164,109 @@ class Question:
         """RMS of the terms that dq, dk and dbias are sums of; out, LSE and dv do not cancel."""
         q, k, v = (_rms(x) for x in self.operands[:3])
         d_weight = _rms(self.out_cotangent) * v * self.problem.value_dim**0.5
-        d_product = d_weight * self.problem.scale
+        d_product = d_weight * abs(self.problem.scale)
         return {"dq": d_product * k, "dk": d_product * q, "dbias": d_weight}
 
-    # Between the layout of the call and (B, H, S, D)
+    # Between the call's rank and layout and (B, H, S, D)
+
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        """The leading axes of the call's q, of which B is the product."""
+        return self.inputs.q.shape[:-3]
+
+    @property
+    def _heads_last(self) -> bool:
+        return self.inputs.options.get("layout") == "bshd" and self.inputs.q.ndim > 2
+
+    @cached_property
+    def operands(self) -> Operands:
+        """The arrays of the call in canonical form."""
+        options = self.inputs.options
+        over_scores = {n: self._over_scores(n, options.get(n)) for n in ("mask", "bias")}
+        q, k, v = (self._from_called(x) for x in (self.inputs.q, self.inputs.k, self.inputs.v))
+        lengths = {n: self._each_row(options.get(n)) for n in ("q_lengths", "kv_lengths")}
+        q_offset = self._each_row(options.get("q_offset"))
+        if q_offset is None and options.get("causal") == "top_left":
+            q_offset = self._each_row(0)
+        if q_offset is None:
+            real_queries, real_keys = lengths.values()
+            q_offset = self._each_row(k.shape[2] if real_keys is None else real_keys) - (
+                q.shape[2] if real_queries is None else real_queries
+            )
+        return Operands(q, k, v, **over_scores, **lengths, q_offset=q_offset)
+
+    def _over_scores(self, name: str, x: np.ndarray | None) -> np.ndarray | None:
+        """A mask or a bias → rank 4, each axis full or 1 of (B, Hq, Sq, Sk)."""
+        if x is None:
+            return None
+        if name == "mask" and len(self._lead) == 1 and x.shape == (*self._lead, self._kv_length):
+            return x[:, None, None, :]
+        x = x.reshape(*self._lead_of(x), *((1, 1, 1, *x.shape)[-3:]))
+        if set(x.shape[:-3]) == {1}:
+            return x.reshape(1, *x.shape[-3:])
+        whole = np.broadcast_to(x, (*(self._lead or (1,)), *x.shape[-3:]))
+        return whole.reshape(math.prod(self._lead), *x.shape[-3:])
+
+    @property
+    def _kv_length(self) -> int:
+        return self.inputs.k.shape[-3 if self._heads_last else -2]
+
+    def _lead_of(self, x: np.ndarray) -> tuple[int, ...]:
+        """The leading axes of a mask or bias as it came, each full or 1."""
+        return ((1,) * max(len(self._lead), 1) + x.shape[:-3])[-max(len(self._lead), 1) :]
+
+    def _each_row(self, x: np.ndarray | int | None) -> np.ndarray | None:
+        """Lengths or offsets → (B,), wide enough to be subtracted."""
+        if x is None:
+            return None
+        wide = np.asarray(x).astype(np.int64)
+        flat = np.broadcast_to(wide, self._lead) if wide.ndim == len(self._lead) else wide
+        return np.broadcast_to(flat.reshape(-1), math.prod(self._lead))
+
+    def _as_bias_came(self, x: np.ndarray) -> np.ndarray:
+        """dbias of the canonical bias → rank 4, summed where the bias was repeated to fill B."""
+        lead = self._lead_of(self.inputs.options["bias"])
+        if x.shape[0] == math.prod(lead):
+            return x
+        x = x.reshape(*self._lead, *x.shape[1:])
+        x = x.sum(tuple(axis for axis, size in enumerate(lead) if size == 1), keepdims=True)
+        return x.reshape(math.prod(lead), *x.shape[-3:])
 
     def as_called(self, x: np.ndarray) -> np.ndarray:
         """(B, H, S, D) → the rank and layout of the call."""
-        called, _ = self.problem.restore(x, self.lse_cotangent)
-        return called
+        if self._heads_last:
+            x = x.swapaxes(1, 2)
+        return x.reshape(*self._lead, *x.shape[1:]) if self.inputs.q.ndim > 2 else x[0, 0]
+
+    def rows_as_called(self, x: np.ndarray) -> np.ndarray:
+        """(B, H, S) → the rank of the call; LSE knows no layout."""
+        return x.reshape(*self._lead, *x.shape[1:]) if self.inputs.q.ndim > 2 else x[0, 0]
+
+    def _from_called(self, x: np.ndarray) -> np.ndarray:
+        if x.ndim == 2:
+            return x[None, None]
+        x = x.reshape(math.prod(self._lead), *x.shape[-3:])
+        return x.swapaxes(1, 2) if self._heads_last else x
 
     def canonical(self, tensors: Tensors) -> Tensors:
         """Tensors in the rank and layout of the call → (B, H, S, D), LSE (B, H, S)."""
-        shapes = {"lse": self.lse_cotangent.shape, "dbias": self.problem.bias_shape}
-        straight = {n: x.reshape(shapes[n]) for n, x in tensors.items() if n in shapes}
-        heads = {
-            n: self.problem.canonical(x, x, x).q for n, x in tensors.items() if n not in shapes
+        shapes = {"lse": self.lse_cotangent.shape}
+        if self.operands.bias is not None:
+            lead = self._lead_of(self.inputs.options["bias"])
+            shapes["dbias"] = (math.prod(lead), *self.operands.bias.shape[1:])
+        return {
+            n: x.reshape(shapes[n]) if n in shapes else self._from_called(x)
+            for n, x in tensors.items()
         }
-        return straight | heads
 
     def misshapen(self, tensors: Tensors) -> list[tuple[str, str]]:
         """Tensors whose shape or dtype breaks the contract, and how."""
-        out, lse = self.problem.restore(self.out_cotangent, self.lse_cotangent)
         x = self.inputs
-        like = {"out": out, "lse": lse, "dq": x.q, "dk": x.k, "dv": x.v}
-        like["dbias"] = x.options.get("bias")
+        like: Tensors = {"dq": x.q, "dk": x.k, "dv": x.v}
+        if "bias" in x.options:
+            like["dbias"] = x.options["bias"]
+        like["out"] = self.as_called(self.out_cotangent)
+        like["lse"] = self.rows_as_called(self.lse_cotangent)
         return [
             (
                 name,
@@ -145,4 +278,8 @@ class Question:
 
 
 def _rms(x: np.ndarray) -> float:
-    return float(np.sqrt((x.astype(np.float64) ** 2).mean())) if x.size else 0.0
+    """Root of the mean square, of numbers whose squares may overflow."""
+    largest = float(np.abs(x.astype(np.float64)).max(initial=0.0))
+    if not largest:
+        return 0.0
+    return largest * float(np.sqrt(((x / np.float64(largest)) ** 2).mean()))

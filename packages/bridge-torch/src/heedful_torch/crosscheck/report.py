@@ -23,7 +23,8 @@ from heedful_torch.crosscheck.run import Failure, Outcome
 
 WIDTH = 116  # of the table where it is not printed to a terminal
 COLUMNS = ("out", "lse", "dq", "dk", "dv")
-FAILURES_SHOWN = 5  # of each backend; the JSON has them all
+FAILURES_SHOWN = 5  # of each backend, and as many losses; the JSON has them all
+VERDICTS = ("disagree", "lossy", "agree", "refused")  # the worst first
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,15 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """The worst of those that ran, "agree" or "disagree"; "refused" where none did."""
+        """The worst of those that ran, of `VERDICTS`; "refused" where none did."""
         verdicts = {o.verdict for o in self.outcomes}
-        return next(v for v in ("disagree", "agree", "refused") if v in verdicts)
+        return next(v for v in VERDICTS if v in verdicts)
+
+    @property
+    def factor(self) -> float:
+        """How many times its limit the worst lossy tensor is out; 0 where none is lossy."""
+        lossy = [j.strain for o in self.outcomes for j in o.judgements.values() if j.losses]
+        return max(lossy, default=0.0)
 
     @property
     def worst(self) -> dict[str, Outcome]:
@@ -74,6 +81,26 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Ceiling:
+    """A tensor of a case that honest arithmetic itself gets so wrong that its error sets no limit.
+
+    Attributes:
+        plain: plain attention's relative RMS error there.
+    """
+
+    case: str
+    dtype: str
+    tensor: str
+    plain: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.case}, {self.dtype}: {self.tensor} reaches the ceiling: plain attention itself is "
+            f"off by {_short(self.plain)}, and nobody so far off is said to agree"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """What came of a crosscheck; print it, or read it.
 
@@ -81,25 +108,49 @@ class Report:
         outcomes: of every backend on every case in every dtype.
         seed: of the inputs and the cotangents.
         seconds: that it took.
+        strict: whether `lossy` counts as disagreement.
     """
 
     outcomes: tuple[Outcome, ...]
     seed: int
     seconds: float
+    strict: bool = False
 
     @property
     def agree(self) -> bool:
-        """Whether somebody ran and nobody disagrees."""
-        return "agree" in self.verdicts.values() and not self.failures
+        """Whether somebody ran and nobody disagrees; where it is strict, nor is anybody lossy."""
+        return self.verdict == "agree" or (self.verdict == "lossy" and not self.strict)
+
+    @property
+    def verdict(self) -> str:
+        """The worst of `verdicts`: "disagree", "lossy", "agree"; "refused" where nothing ran."""
+        found = set(self.verdicts.values())
+        return next((v for v in VERDICTS if v in found), "refused")
 
     @property
     def failures(self) -> tuple[Failure, ...]:
         """Everything that anybody got wrong."""
         return tuple(f for o in self.outcomes for f in o.failures)
 
+    @property
+    def losses(self) -> tuple[Failure, ...]:
+        """Everything lossy: no further off than flash kernels must be, and further than they should."""
+        return tuple(f for o in self.outcomes for f in o.losses)
+
+    @property
+    def ceilings(self) -> tuple[Ceiling, ...]:
+        """Where the ceiling is the limit, each once."""
+        reached = {
+            (o.case, o.dtype, tensor): Ceiling(o.case, o.dtype, tensor, judgement.plain.rms)
+            for o in self.outcomes
+            for tensor, judgement in o.judgements.items()
+            if judgement.ceiling
+        }
+        return tuple(reached.values())
+
     @cached_property
     def verdicts(self) -> dict[str, str]:
-        """By backend: "agree", "disagree", or "refused" where it ran nothing."""
+        """By backend: "agree", "lossy", "disagree", or "refused" where it ran nothing."""
         return {name: _row(name, "", "", found).verdict for name, found in self._by_backend.items()}
 
     @cached_property
@@ -149,7 +200,9 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Everything in the table, every run behind it, and what it ran on; JSON types only."""
         return {
-            "verdict": "agree" if self.agree else "disagree" if self.failures else "nothing ran",
+            "verdict": "nothing ran" if self.verdict == "refused" else self.verdict,
+            "agree": self.agree,
+            "strict": self.strict,
             "backends": self.verdicts,
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
@@ -157,6 +210,8 @@ class Report:
             "table": [_row_as_json(row) for row in self.rows],
             "refusals": [_reason_as_json(reason) for reason in self.refusals],
             "failures": [asdict(failure) for failure in self.failures],
+            "losses": [asdict(loss) for loss in self.losses],
+            "ceilings": [asdict(ceiling) for ceiling in self.ceilings],
             "runs": [_run_as_json(outcome) for outcome in self.outcomes],
         }
 
@@ -189,9 +244,10 @@ def _table(report: Report) -> Table:
 
 
 def _verdict(row: Row) -> Text:
-    style = {"agree": "green", "disagree": "bold red"}[row.verdict]
+    style = {"agree": "green", "lossy": "yellow", "disagree": "bold red"}[row.verdict]
+    factor = f" ×{row.factor:.2g}" if row.verdict == "lossy" else ""
     part = "" if len(row.ran) == len(row.outcomes) else f" ({len(row.ran)}/{len(row.outcomes)})"
-    return Text(row.verdict + part, style=style)
+    return Text(row.verdict + factor + part, style=style)
 
 
 def _cells(row: Row) -> list[Text]:
@@ -201,7 +257,7 @@ def _cells(row: Row) -> list[Text]:
             cells.append(Text("-"))
             continue
         judgement = row.worst[tensor].judgements[tensor]
-        style = "bold red" if judgement.faults else ""
+        style = "bold red" if judgement.faults else "yellow" if judgement.losses else ""
         if math.isfinite(judgement.errors.rms):
             pair = f"{_short(judgement.errors.rms)}/{_short(judgement.plain.rms)}"
         else:
@@ -277,10 +333,16 @@ def _places(outcomes: Sequence[Outcome], runs: Sequence[Outcome]) -> str:
 def _failure_lines(report: Report) -> Iterable[Text]:
     for backend, outcomes in report._by_backend.items():
         failures = [f for o in outcomes for f in o.failures]
-        for failure in failures[:FAILURES_SHOWN]:
-            yield Text.assemble(("✗ ", "bold red"), str(failure))
-        if len(failures) > FAILURES_SHOWN:
-            yield Text(f"  and {len(failures) - FAILURES_SHOWN} more of {backend}, all in the JSON")
+        losses = [f for o in outcomes for f in o.losses]
+        for mark, style, found in (("✗ ", "bold red", failures), ("~ ", "yellow", losses)):
+            for failure in found[:FAILURES_SHOWN]:
+                yield Text.assemble((mark, style), str(failure))
+            if len(found) > FAILURES_SHOWN:
+                yield Text(
+                    f"  and {len(found) - FAILURES_SHOWN} more of {backend}, all in the JSON"
+                )
+    for ceiling in report.ceilings:
+        yield Text.assemble(("! ", "yellow"), str(ceiling))
 
 
 def _verdict_line(report: Report) -> Text:
@@ -292,6 +354,7 @@ def _verdict_line(report: Report) -> Text:
         f"{len(names)} {meaning}: {', '.join(names)}"
         for verdict, meaning in (
             ("disagree", "disagree"),
+            ("lossy", "lossy, which --strict counts as disagreement"),
             ("agree", "agree"),
             ("refused", "can run nothing here"),
         )
@@ -328,6 +391,7 @@ def _row_as_json(row: Row) -> dict[str, Any]:
         "group": row.group,
         "dtype": row.dtype,
         "verdict": row.verdict,
+        "factor": _number(row.factor) if row.verdict == "lossy" else None,
         "ran": len(row.ran),
         "refused": len(row.outcomes) - len(row.ran),
         "worst": {
@@ -357,6 +421,7 @@ def _run_as_json(o: Outcome) -> dict[str, Any]:
         "lse_reasons": list(o.lse_reasons),
         "tensors": {tensor: _judgement_as_json(o, tensor) for tensor in o.judgements},
         "failures": [{"tensor": f.tensor, "message": f.message} for f in o.failures],
+        "losses": [{"tensor": f.tensor, "message": f.message} for f in o.losses],
         "seconds": round(o.seconds, 3),
     }
 
@@ -365,6 +430,10 @@ def _judgement_as_json(o: Outcome, tensor: str) -> dict[str, Any]:
     judgement = o.judgements[tensor]
     measures = {"error": judgement.errors, "plain": judgement.plain, "limit": judgement.limits}
     return {
+        "verdict": judgement.verdict,
+        "factor": _number(judgement.strain) if judgement.losses else None,
+        "ceiling": judgement.ceiling,
+    } | {
         name: {measure: _number(x) for measure, x in errors._asdict().items()}
         for name, errors in measures.items()
     }

@@ -33,7 +33,7 @@ Fault = tuple[str | None, str]  # the tensor, None for an exception, and what is
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that one backend got wrong.
+    """One thing that one backend got wrong, or, among `losses`, lost more digits of than it had to.
 
     Attributes:
         tensor: "out", "lse", "dq", "dk", "dv" or "dbias"; None where the backend raised.
@@ -58,7 +58,8 @@ class Outcome:
         reasons: why it was not run; empty where it was.
         lse_reasons: why the backend gives no LSE; the rest was judged without.
         judgements: by tensor.
-        failures: empty where the backend agrees.
+        failures: what is wrong; empty where the backend agrees or is lossy.
+        losses: what is lossy, as `tolerance` says; empty where the backend agrees.
         seconds: of the first answer, compilation included.
     """
 
@@ -70,12 +71,15 @@ class Outcome:
     lse_reasons: tuple[str, ...] = ()
     judgements: dict[str, Judgement] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
+    losses: tuple[Failure, ...] = ()
     seconds: float = 0.0
 
     @property
     def verdict(self) -> str:
-        """Whether the backend is right: "agree" or "disagree"; "refused" where it did not run."""
-        return "refused" if self.reasons else "disagree" if self.failures else "agree"
+        """Whether the backend is right: "agree", "lossy", "disagree"; "refused" where it did not run."""
+        if self.reasons:
+            return "refused"
+        return "disagree" if self.failures else "lossy" if self.losses else "agree"
 
 
 def collect_outcomes(
@@ -104,6 +108,7 @@ def collect_outcomes(
             asked = [name for name in backends if framework(name) != case.caller]
             try:
                 question = Question.of(case, seed, dtype)
+                question.check_range()
             except InputError as error:
                 why = (str(error),)
                 outcomes += [Outcome(name, case.name, case.group, dtype, why) for name in asked]
@@ -136,8 +141,12 @@ def outcome(name: str, question: Question) -> Outcome:
         return replace(result, reasons=tuple(refusal.reasons[name]))
     except Exception as error:  # a backend that raises fails; the others go on
         faults = [(None, f"raised {type(error).__name__}: {error}")]
-    failures = tuple(Failure(name, case.name, dtype, tensor, said) for tensor, said in faults)
-    return replace(result, failures=failures)
+    losses = [(t, said) for t, found in result.judgements.items() for said in found.losses]
+    failures, lost = (
+        tuple(Failure(name, case.name, dtype, tensor, said) for tensor, said in found)
+        for found in (faults, losses)
+    )
+    return replace(result, failures=failures, losses=lost)
 
 
 def _first_answer(name: str, question: Question) -> tuple[bool, tuple[str, ...], Tensors]:
@@ -162,16 +171,17 @@ def judge_all(
     """Judges every tensor of an answer."""
     if misshapen := question.misshapen(answer):
         return {}, list(misshapen)
-    right, plain = question.answers(with_lse)
+    answers = question.answers(with_lse)
     judgements = {
         tensor: judge(
             tensor,
             got,
-            right[tensor],
-            plain[tensor],
+            answers.right[tensor],
+            [reading[tensor] for reading in answers.best],
             question.dtype,
             question.hidden[tensor],
             question.uncancelled.get(tensor, 0.0),
+            [reading[tensor] for reading in answers.lossy],
         )
         for tensor, got in question.canonical(answer).items()
     }

@@ -1,9 +1,9 @@
 """How agreement is judged.
 
 One tolerance for each dtype hides bugs in easy cases and fails honest kernels in hard ones. So a tensor
-of a backend passes a case when
+of a backend agrees in a case when
 
-    error(backend) ≤ 2 · error(plain attention in the same dtype) + floor(dtype)
+    error(backend) ≤ 2 · error(plain attention in the same dtype) + floor(dtype), at most ceiling(dtype)
 
 both errors against the float64 oracle on the same rounded inputs, by three measures:
 
@@ -14,6 +14,21 @@ worst row   the largest RMS of a row's error, divided by the larger of the row's
 projection  ⟨error, want⟩ / ⟨want, want⟩, the share of the error that is a wrong scale. Rounding is
             random and mostly cancels in it, so that it shows a factor of 1.001 beneath bfloat16's
             noise, where rms sees nothing.
+
+LSE alone is measured by the larger of its own size and 1, row by row: it is a logarithm, whose error of
+δ makes every probability wrong by e^δ, and a padded row at −1e9 must not be the measure of the others.
+
+Lossy. Plain attention (`yardstick.BEST`) is the best that honest arithmetic in the dtype does. Flash
+kernels that take delta of an O rounded to half precision do worse on peaked rows, and those that keep
+one LSE for a row's maximum and sum do in float32 on large logits. What is beyond the limit above, and
+within the same one made of `yardstick.lossy`, is `lossy`: said with its factor, which is its largest
+error by its limit, and never called agreement. In float32 it ends where the ceiling does: a gradient n
+times too large, which that LSE makes of a row masked by a bias of −1e9, is wrong. In half precision it
+ends where an error is as large as the tensor: all digits may be lost, no answer may be worse than 0.
+
+The ceiling. However far off plain attention is, an error that no user would call the same number is no
+agreement: two digits in float32, 5 % in bfloat16. A case in which the ceiling is the limit is named in
+the report; there who is no farther off than twice plain attention is lossy.
 
 The projection's limit. With c_i = ⟨error_i, want_i⟩ of row i, rounding makes the c_i random in sign.
 By Hoeffding, whatever their sizes, P(|Σ c_i| > z · √Σ c_i²) ≤ 2 exp(−z²/2): at z = 6, 3e-8, one false
@@ -26,28 +41,55 @@ The floors. What is systematic but honest: exp to 20 bits in torch's CPU kernel 
 truncate, the oracle's own float64. The floor of rms also covers tensors of a few numbers, where
 errors are luck, and torch's CPU kernel, which adds up dk and dv tile by tile in half precision. It
 is half a unit roundoff in half precision; 32 of them in float32, where all error is accumulation.
-A worst row may be four times as far out. LSE is computed and returned in the accumulator's dtype:
-it gets that dtype's floor, times ten for half precision, where kernels take short polynomials for
-their exponentials.
+A worst row may be four times as far out. LSE is computed and returned in the accumulator's dtype and
+gets its floor, but for half precision, where kernels take short polynomials for their exponentials:
+torch's CPU kernel is off by up to 8e-5 in a row that sees few keys.
 
 Exactness. Infinities of LSE stand exactly where they should; what belongs to a query that sees nothing
 or to a key nobody sees is exactly zero; nothing else is NaN or infinite.
+
+What judge and judged share, and why it hides nothing. A fault that both had would be no error, or, in
+a yardstick, a wide limit.
+
+- Scores, softmax, gradients: the oracle and the yardsticks say them in NumPy, each for itself; the
+  slope of the softcap as 1/cosh² where kernels take 1 − tanh². The oracle itself is on trial against
+  autodiff, finite differences and a definition pair by pair (tests/core/test_oracle.py).
+- Visibility: `heedful.visibility` is the kernels' alone. The oracle has its own words for it. The
+  yardsticks take the oracle's, since a fault there sets all backends apart from the oracle; so does
+  what is said to be hidden, which only ever demands more: zeros, and indifference to NaN.
+- Rank, layout, broadcasting, offsets: `question` reads them out of the call itself.
+- A gradient that cancels entirely is divided by the size of its terms, made of the inputs' RMS alone.
+- The order of summation: a yardstick's noise is a sample. It is drawn twice, and the larger counts.
+- `Problem` is shared: scale's default, causal and window are read from the call once, for backends and
+  oracle alike. A wrong reading would make all agree on another question, and show here in nothing. So
+  it is judged where whole calls meet what reads them for itself: ONNX's cases, the definition pair by
+  pair, the tests' reference (tests/conformance/test_onnx.py, tests/core/test_oracle.py,
+  tests/contract.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 RMS_FLOOR = {"float64": 1e-13, "float32": 2e-6, "float16": 2.4e-4, "bfloat16": 2e-3}
 PROJECTION_FLOOR = {"float64": 1e-13, "float32": 2e-6, "float16": 1e-4, "bfloat16": 2e-4}
-LSE_FLOOR = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-5, "bfloat16": 2e-5}
+LSE_FLOOR = {"float64": 1e-13, "float32": 2e-6, "float16": 1e-4, "bfloat16": 1e-4}
+CEILING = {"float64": 1e-6, "float32": 1e-2, "float16": 2e-2, "bfloat16": 5e-2}
+LSE_CEILING = {**CEILING, "float16": 1e-2, "bfloat16": 1e-2}
+LOSSY_CEILING = {**CEILING, "float16": 1.0, "bfloat16": 1.0}
+UTMOST = 1.0  # an error as large as the tensor is wrong whatever the yardsticks say
 WORST_ROW_TIMES = 4
 PLAIN_TIMES = 2
 SIGMAS = 6
 
 # Rows. A failure names the tile it lies in; most kernels' tiles are this or divide it.
 TILE = 128
+
+Readings = (
+    np.ndarray | Sequence[np.ndarray]
+)  # a yardstick's tensor, once for each order of operations
 
 
 class Errors(NamedTuple):
@@ -63,65 +105,98 @@ class Judgement:
     """What is said of one tensor.
 
     Attributes:
-        errors, plain, limits: the backend's, plain attention's, and the most that passes.
-        faults: what is wrong, a sentence each; empty where the tensor passes.
+        errors, plain, limits: the backend's, plain attention's, and the most that agrees.
+        faults: what is wrong, a sentence each; empty where the tensor agrees or is lossy.
+        losses: what is lossy, a sentence; empty otherwise.
+        ceiling: whether plain attention is so far off here that the ceiling is the limit.
     """
 
     errors: Errors
     plain: Errors
     limits: Errors
-    faults: tuple[str, ...]
+    faults: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    ceiling: bool = False
+
+    @property
+    def verdict(self) -> Literal["agree", "lossy", "disagree"]:
+        """What the tensor is."""
+        return "disagree" if self.faults else "lossy" if self.losses else "agree"
 
     @property
     def strain(self) -> float:
-        """The largest error as a part of its limit: over 1 fails."""
+        """The largest error as a part of its limit: over 1 it does not agree. Of `lossy`, the factor."""
         if not np.isfinite(self.errors.rms):
             return float("inf")
-        return max(e / limit for e, limit in zip(self.errors, self.limits, strict=True))
+        return max(_times(e, limit) for e, limit in zip(self.errors, self.limits, strict=True))
 
 
 def judge(
     tensor: str,
     got: np.ndarray,
     want: np.ndarray,
-    plain: np.ndarray,
+    plain: Readings,
     dtype: str,
     hidden: np.ndarray | bool = False,
     uncancelled: float = 0.0,
+    lossy: Readings = (),
 ) -> Judgement:
     """Judges one tensor of a backend.
 
     Args:
         tensor: "out", "lse", "dq", "dk", "dv" or "dbias".
-        got, plain: the backend's and plain attention's, rows along the last axis; LSE (B, H, S).
+        got: the backend's, rows along the last axis; LSE (B, H, S).
         want: the oracle's, float64.
+        plain: the yardstick's, or several readings of it, whose largest errors count.
         dtype: of q.
         hidden: boolean, broadcastable to the tensor: what must be exactly 0, since nothing is seen.
         uncancelled: RMS of the terms that a gradient is the sum of. Where all of it cancels (a single
             key: the weight is 1 whatever q is) there is no size to divide by but that of its terms.
+        lossy: the second yardstick's readings: within their limit, and not within plain's, is lossy.
     """
     if got.shape != want.shape:
         return _unmeasured(f"{tensor} has shape {got.shape}, expected {want.shape}")
-    got, plain = (np.asarray(x, np.float64) for x in (got, plain))
+    got = np.asarray(got, np.float64)
+    readings = [np.asarray(x, np.float64) for x in _several(plain)]
+    losing = [np.asarray(x, np.float64) for x in _several(lossy)]
     if tensor == "lse":
-        got, want, plain = got[..., None], want[..., None], plain[..., None]
+        got, want, *all_readings = (x[..., None] for x in (got, want, *readings, *losing))
+        readings, losing = all_readings[: len(readings)], all_readings[len(readings) :]
     if faults := _inexact(tensor, got, want, np.broadcast_to(hidden, want.shape)):
         return _unmeasured(*faults)
     finite = np.isfinite(want)  # all but the LSE of empty rows, found equal above
-    got, want, plain = (np.where(finite, x, 0) for x in (got, want, plain))
+    unit = _unit(tensor, np.where(finite, want, 0))
 
-    size = _size(want, uncancelled)
+    def in_units(x: np.ndarray) -> np.ndarray:
+        return np.where(finite, x, 0) / unit
+
+    got, want = in_units(got), in_units(want)
+    size = 1.0 if tensor == "lse" else _size(want, uncancelled / float(unit))
     errors, noise = measure(got, want, size)
-    plain_errors, _ = measure(plain, want, size)
-    limits = _limits(plain_errors, tensor, dtype, noise)
-    if all(e <= limit for e, limit in zip(errors, limits, strict=True)):
-        return Judgement(errors, plain_errors, limits, ())
-    return Judgement(
-        errors,
-        plain_errors,
-        limits,
-        (_fault(tensor, got, want, size, errors, plain_errors, limits),),
+    plain_errors = _largest([measure(in_units(x), want, size)[0] for x in readings])
+    lossy_errors = _largest([measure(in_units(x), want, size)[0] for x in losing])
+    floors = _floors(tensor, dtype, noise)
+    ceilings = _ceilings((LSE_CEILING if tensor == "lse" else CEILING)[dtype])
+    honest = _limits(plain_errors, floors)
+    limits = Errors(*map(min, honest, ceilings))
+    lossy_limits = Errors(
+        *map(
+            max,
+            map(min, honest, _ceilings(UTMOST)),
+            map(min, _limits(lossy_errors, floors), _ceilings(LOSSY_CEILING[dtype])),
+        )
     )
+    said: dict[str, tuple[str, ...]] = {}
+    if not _within(errors, limits):
+        where = _where_worst(got, want, size)
+        if _within(errors, lossy_limits):
+            factor = max(_times(e, limit) for e, limit in zip(errors, limits, strict=True))
+            over = _over(errors, limits, plain_errors)
+            said["losses"] = (f"{tensor} is lossy, {factor:.2g} times its limit: {over}; {where}",)
+        else:
+            said["faults"] = (f"{tensor} is wrong: {_over(errors, limits, plain_errors)}; {where}",)
+    unmoved = _limits(plain_errors, _floors(tensor, dtype, noise=0))
+    return Judgement(errors, plain_errors, limits, **said, ceiling=not _within(unmoved, ceilings))
 
 
 def measure(got: np.ndarray, want: np.ndarray, size: float) -> tuple[Errors, float]:
@@ -157,15 +232,50 @@ def _size(want: np.ndarray, uncancelled: float) -> float:
     return (uncancelled if rms < 1e-9 * uncancelled else rms) or 1.0
 
 
-def _limits(plain: Errors, tensor: str, dtype: str, noise: float) -> Errors:
-    rms_floor, projection_floor = RMS_FLOOR[dtype], PROJECTION_FLOOR[dtype]
+def _unit(tensor: str, want: np.ndarray) -> np.ndarray | np.float64:
+    """What a tensor's numbers are divided by before anything is measured.
+
+    LSE is a logarithm: an error of δ, not of a part of it, makes every probability wrong by e^δ. So it
+    is measured in ones, and where it is larger than that by its own size, row by row: one row with a
+    bias of −1e9 must not be the measure of all others. The rest is divided by one number for all,
+    which measures nothing and keeps squares from overflowing.
+    """
     if tensor == "lse":
-        rms_floor = projection_floor = LSE_FLOOR[dtype]
-    return Errors(
-        rms=PLAIN_TIMES * plain.rms + rms_floor,
-        worst_row=PLAIN_TIMES * plain.worst_row + WORST_ROW_TIMES * rms_floor,
-        projection=PLAIN_TIMES * plain.projection + projection_floor + SIGMAS * noise,
-    )
+        return np.maximum(np.abs(want), 1.0)
+    return np.float64(np.abs(want).max(initial=0.0) or 1.0)
+
+
+def _several(readings: Readings) -> Sequence[np.ndarray]:
+    return [readings] if isinstance(readings, np.ndarray) else readings
+
+
+def _largest(readings: Sequence[Errors]) -> Errors:
+    """Measure by measure; a reading that overflowed says nothing."""
+    told = [x for x in readings if np.isfinite(x).all()]
+    return Errors(*(max(x) for x in zip(*told, strict=True))) if told else Errors(0.0, 0.0, 0.0)
+
+
+def _floors(tensor: str, dtype: str, noise: float) -> Errors:
+    rms, projection = RMS_FLOOR[dtype], PROJECTION_FLOOR[dtype]
+    if tensor == "lse":
+        rms = projection = LSE_FLOOR[dtype]
+    return Errors(rms, WORST_ROW_TIMES * rms, projection + SIGMAS * noise)
+
+
+def _limits(yardstick: Errors, floors: Errors) -> Errors:
+    return Errors(*(PLAIN_TIMES * e + floor for e, floor in zip(yardstick, floors, strict=True)))
+
+
+def _ceilings(ceiling: float) -> Errors:
+    return Errors(ceiling, WORST_ROW_TIMES * ceiling, ceiling)
+
+
+def _within(errors: Errors, limits: Errors) -> bool:
+    return all(e <= limit for e, limit in zip(errors, limits, strict=True))
+
+
+def _times(error: float, limit: float) -> float:
+    return 0.0 if error == 0 else error / limit if limit else float("inf")
 
 
 # What is wrong, in words
@@ -192,31 +302,27 @@ def _inexact(tensor: str, got: np.ndarray, want: np.ndarray, hidden: np.ndarray)
     return faults
 
 
-def _fault(
-    tensor: str,
-    got: np.ndarray,
-    want: np.ndarray,
-    size: float,
-    errors: Errors,
-    plain: Errors,
-    limits: Errors,
-) -> str:
-    over = [
+def _over(errors: Errors, limits: Errors, plain: Errors) -> str:
+    return ", ".join(
         f"{name} {error:.2g} over {limit:.2g} (plain attention {by_plain:.2g})"
         for name, error, limit, by_plain in zip(
             ("rms", "worst row", "projection"), errors, limits, plain, strict=True
         )
         if error > limit
-    ]
+    )
+
+
+def _where_worst(got: np.ndarray, want: np.ndarray, size: float) -> str:
     rows = row_errors(got, want, size)
     worst = np.unravel_index(rows.argmax(), rows.shape)
     first = worst[-1] // TILE * TILE
     tile = (*worst[:-1], slice(first, first + TILE))
-    squares = ((got - want) ** 2).sum(-1)
+    error = np.abs(got - want)
+    squares = ((error / error.max()) ** 2).sum(-1)
     share = squares[tile].sum() / squares.sum()
     last = min(first + TILE, rows.shape[-1]) - 1
     return (
-        f"{tensor} is wrong: {', '.join(over)}; worst at {_place(worst)}, in the tile of rows "
+        f"worst at {_place(worst)}, in the tile of rows "
         f"{first}-{last}, which holds {share:.0%} of the squared error"
     )
 

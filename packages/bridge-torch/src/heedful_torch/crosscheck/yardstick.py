@@ -1,95 +1,175 @@
 """What rounding alone does: plain attention in the same dtype, which backends are measured against.
 
 How large an honest error is depends on the case: large logits and gradients that cancel lose digits
-that a broad softmax keeps. So the judge computes each case a second time, with the score matrix
-materialised, rounding wherever the contract lets a kernel round: the operands and the result of a
-product have the dtype of q; products accumulate in float32, and so is all between them. As kernels
-do, the backward pass computes the scores again, in its own order, and takes them from LSE.
+that a broad softmax keeps. So the judge computes each case again, as well as honest arithmetic in that
+dtype can: products accumulate in float32 (float64 for float64) and so is all between them; rounded is
+what the contract lets a kernel round, which is the operands of a product and the results. The backward
+pass divides by the sum of its own exponentials and takes delta = rowsum(dO ∘ O) before O is rounded:
+no kernel's weakness is in it, so that none is excused by it.
 
-It is written in NumPy, apart from every backend, so that no backend sets its own limit.
+`BEST` are two such orders of operations, and both are honest; the larger error counts. `lossy` gives
+others, which lose what kernels of the flash family and half precision's own autodiff must lose: they
+tell what is `lossy` from what is wrong, and set no limit of agreement.
+
+It is written in NumPy, apart from every backend, so that no backend sets its own limit. Visibility and
+the cut into parts it has from the oracle: a fault there would set all backends apart from the oracle,
+and hide none.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from heedful import Operands, Problem
-from heedful.visibility import visible
+from heedful.oracle import Part, add_over_broadcast, parts
 
 Tensors = dict[str, np.ndarray]
 
 
-def plain(
-    problem: Problem, operands: Operands, out_cotangent: np.ndarray, lse_cotangent: np.ndarray
+@dataclass(frozen=True)
+class Arithmetic:
+    """One order of operations, and what it rounds to q's dtype besides operands and results.
+
+    Attributes:
+        scaled: what scale is multiplied to: "q", the "product" q kᵀ, or "both" q and k, its root each.
+        weights: whether those of P·V are rounded before or after they are divided by their sum.
+        rounded: what the backward pass takes rounded: "out" before delta, "d_weights" = dO·Vᵀ (as
+            autodiff does where P has q's dtype), "lse" in place of the row's maximum and sum, or
+            "nothing".
+    """
+
+    scaled: Literal["q", "product", "both"]
+    weights: Literal["exponentials", "probabilities"]
+    rounded: Literal["nothing", "out", "d_weights", "lse"] = "nothing"
+
+
+BEST = (Arithmetic("product", "exponentials"), Arithmetic("q", "probabilities"))
+
+
+def lossy(dtype: str) -> tuple[Arithmetic, ...]:
+    """What kernels lose that honest arithmetic keeps, in a dtype.
+
+    In half precision delta of a rounded out, as flash kernels take it, and a rounded dO·Vᵀ, as autodiff
+    of a rounded P does: peaked rows lose the small differences that their dq and dk are made of. In
+    float32 what exp(s − lse) loses, where one number is kept for a row's maximum and its sum, and the
+    root of scale, which torch's math kernel multiplies to q and to k: large logits lose digits by both.
+    """
+    if dtype in ("float16", "bfloat16"):
+        return (
+            Arithmetic("product", "exponentials", rounded="out"),
+            Arithmetic("q", "probabilities", rounded="d_weights"),
+        )
+    return (Arithmetic("both", "exponentials", rounded="lse"),)
+
+
+@np.errstate(
+    over="ignore", invalid="ignore", divide="ignore"
+)  # what overflows is told by its values
+def attend(
+    arithmetic: Arithmetic,
+    problem: Problem,
+    operands: Operands,
+    out_cotangent: np.ndarray,
+    lse_cotangent: np.ndarray,
 ) -> Tensors:
     """out, lse, dq, dk, dv, and dbias where there is a bias, shaped like the operands.
 
     Args:
+        arithmetic: how.
         problem: what is asked.
         operands: its arrays, NumPy.
         out_cotangent: (B, Hq, Sq, Dv), of q's dtype.
         lse_cotangent: (B, Hq, Sq), zeros where nobody asks for LSE.
     """
     wide = np.dtype(problem.accumulator).type
+    queries = out_cotangent.shape[:3]
+    shapes = {"out": out_cotangent.shape, "lse": queries}
+    shapes |= {f"d{n}": getattr(operands, n).shape for n in "qkv"}
+    tensors = {name: np.zeros(shape, wide) for name, shape in shapes.items()}
+    if operands.bias is not None:
+        tensors["dbias"] = np.zeros(operands.bias.shape, wide)
+    for part in parts(problem, operands, wide):
+        d_out, d_lse = (x[part.queries].astype(wide) for x in (out_cotangent, lse_cotangent))
+        _attend_part(arithmetic, problem, part, d_out, d_lse, tensors)
+    rounded: dict[str, str | None] = dict.fromkeys(("out", "dq", "dk", "dv"), problem.dtype)
+    rounded["dbias"] = problem.bias_dtype
+    return {n: x.astype(rounded.get(n, wide)) for n, x in tensors.items()}
+
+
+def _attend_part(
+    arithmetic: Arithmetic,
+    problem: Problem,
+    part: Part,
+    d_out: np.ndarray,
+    d_lse: np.ndarray,
+    tensors: Tensors,
+) -> None:
+    """Some queries' share of every tensor, written or added."""
+    wide = d_out.dtype.type
     scale = wide(problem.scale)
-    q, d_out = operands.q.astype(wide), out_cotangent.astype(wide)
-    k, v = (np.repeat(x.astype(wide), problem.group, axis=1) for x in (operands.k, operands.v))
-    seen = seen_keys(problem, operands)
+    q, k, v = part.q, part.k, part.v
 
     def rounded(x: np.ndarray) -> np.ndarray:
         return x.astype(problem.dtype).astype(wide)
 
-    def scores_and_slope(product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        scores, slope = product, np.ones_like(product)
-        if problem.softcap is not None:
-            tanh = np.tanh(product / wide(problem.softcap))
-            scores, slope = tanh * wide(problem.softcap), 1 - tanh**2
-        if operands.bias is not None:
-            scores = scores + operands.bias.astype(wide)
-        return np.where(seen, scores, wide(-np.inf)), slope
-
-    scores, _ = scores_and_slope(q @ k.mT * scale)
+    scores, slope = _scores(arithmetic.scaled, problem, part)
     largest = scores.max(-1, keepdims=True, initial=-np.inf)
-    largest = np.where(np.isfinite(largest), largest, wide(0))
-    weights = np.exp(scores - largest)
-    total = weights.sum(-1, keepdims=True)
-    with np.errstate(divide="ignore"):  # an empty row: the logarithm of nothing is its LSE
-        lse = np.log(total) + largest
-    out = rounded(rounded(weights) @ v / np.where(total > 0, total, wide(1)))
+    largest = np.where(largest == -np.inf, wide(0), largest)
+    exponentials = np.exp(scores - largest)
+    total = exponentials.sum(-1, keepdims=True)
+    divisor = np.where(total == 0, wide(1), total)  # an empty row has no exponentials
+    weights = exponentials / divisor
 
-    scores, slope = scores_and_slope((q * scale) @ k.mT)
-    weights = np.exp(scores - np.where(np.isfinite(lse), lse, wide(0)))
-    delta = (d_out * out).sum(-1, keepdims=True) - lse_cotangent.astype(wide)[..., None]
-    d_scores = weights * (d_out @ v.mT - delta)
-    d_product = rounded(d_scores * slope)
+    if arithmetic.weights == "exponentials":
+        out = rounded(exponentials) @ v / divisor
+    else:
+        out = rounded(weights) @ v
+    tensors["out"][part.queries] = out
+    lse = np.log(total) + largest
+    tensors["lse"][part.queries] = lse[:, 0]
 
-    def per_key_head(x: np.ndarray) -> np.ndarray:
-        return x.reshape(x.shape[0], problem.kv_heads, problem.group, *x.shape[2:]).sum(2)
-
-    tensors = {
-        "out": out,
-        "lse": lse[..., 0],
-        "dq": rounded(d_product @ k * scale),
-        "dk": rounded(per_key_head(d_product.mT @ q) * scale),
-        "dv": rounded(per_key_head(rounded(weights).mT @ d_out)),
-    }
-    if operands.bias is not None:
-        tensors["dbias"] = sum_to(d_scores, operands.bias.shape).astype(operands.bias.dtype)
-    return tensors
-
-
-def seen_keys(problem: Problem, operands: Operands) -> np.ndarray:
-    """Which keys each query sees, boolean (B, Hq, Sq, Sk)."""
-    # A length may come as a narrow or an unsigned integer, in which differences would wrap.
-    wide = {
-        name: None if (x := getattr(operands, name)) is None else x.astype(np.int64)
-        for name in ("q_lengths", "kv_lengths", "q_offset")
-    }
-    rows, columns = np.arange(problem.q_length), np.arange(problem.kv_length)
-    seen = visible(problem, operands._replace(**wide), rows, columns)
-    shape = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
-    return np.broadcast_to(np.True_ if seen is None else seen, shape)
+    if arithmetic.rounded == "lse":  # beside scores that are computed anew, in another order
+        again, slope = _scores("q", problem, part)
+        weights = np.exp(again - np.where(total == 0, wide(0), lse))
+    d_weights = d_out @ v.T
+    if arithmetic.rounded == "d_weights":
+        d_weights = rounded(d_weights)
+    if arithmetic.weights == "exponentials":
+        delta = (d_out * (rounded(out) if arithmetic.rounded == "out" else out)).sum(-1)
+    else:  # the same sum the other way round: probabilities that were rounded do not add up to 1
+        delta = (weights * d_weights).sum(-1)
+    d_scores = weights * (d_weights - (delta - d_lse)[:, None])
+    if part.bias is not None:
+        add_over_broadcast(tensors["dbias"], part, d_scores)
+    d_product = rounded(d_scores if slope is None else d_scores * slope)
+    tensors["dq"][part.queries] = d_product @ k * scale
+    tensors["dk"][part.keys] += d_product.T @ q * scale
+    tensors["dv"][part.keys] += rounded(weights).T @ d_out
 
 
-def sum_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Sums x over the axes along which an array of the shape was broadcast."""
-    axes = tuple(axis for axis, size in enumerate(shape) if size != x.shape[axis])
-    return x.sum(axes, keepdims=True)
+def _scores(
+    scaled: Literal["q", "product", "both"], problem: Problem, part: Part
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The scores, −inf where nothing is seen, and the slope of the softcap at each; (rows, Sk)."""
+    scale = part.q.dtype.type(problem.scale)
+    match scaled:
+        case "q":
+            scores = (part.q * scale) @ part.k.T
+        case "product":
+            scores = part.q @ part.k.T * scale
+        case "both":
+            root = np.sqrt(np.abs(scale))
+            scores = (part.q * root) @ (part.k * np.copysign(root, scale)).T
+    slope = None
+    if problem.softcap is not None:
+        scores, slope = _softcap(scores, part.q.dtype.type(problem.softcap))
+    if part.bias is not None:
+        scores = scores + part.bias
+    return np.where(part.seen, scores, -np.inf), slope
+
+
+def _softcap(scores: np.ndarray, cap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cap · tanh(scores / cap) and its slope 1 / cosh²; 1 − tanh² loses it where tanh is near 1."""
+    shrunk = np.exp(-2 * np.abs(scores / cap))
+    return cap * np.tanh(scores / cap), 4 * shrunk / (1 + shrunk) ** 2
