@@ -25,6 +25,7 @@ from heedful import Operands, Problem
 from heedful.oracle import Part, add_over_broadcast, parts
 
 Tensors = dict[str, np.ndarray]
+Scaled = Literal["q", "product", "both"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Arithmetic:
             "nothing".
     """
 
-    scaled: Literal["q", "product", "both"]
+    scaled: Scaled
     weights: Literal["exponentials", "probabilities"]
     rounded: Literal["nothing", "out", "d_weights", "lse"] = "nothing"
 
@@ -60,7 +61,10 @@ def lossy(dtype: str) -> tuple[Arithmetic, ...]:
             Arithmetic("product", "exponentials", rounded="out"),
             Arithmetic("q", "probabilities", rounded="d_weights"),
         )
-    return (Arithmetic("both", "exponentials", rounded="lse"),)
+    return (
+        Arithmetic("both", "exponentials", rounded="lse"),
+        Arithmetic("q", "exponentials", rounded="lse"),
+    )
 
 
 @np.errstate(
@@ -130,7 +134,8 @@ def _attend_part(
     tensors["lse"][part.queries] = lse[:, 0]
 
     if arithmetic.rounded == "lse":  # beside scores that are computed anew, in another order
-        again, slope = _scores("q", problem, part)
+        other: Scaled = "product" if arithmetic.scaled == "q" else "q"
+        again, slope = _scores(other, problem, part)
         weights = np.exp(again - np.where(total == 0, wide(0), lse))
     d_weights = d_out @ v.T
     if arithmetic.rounded == "d_weights":
@@ -148,9 +153,7 @@ def _attend_part(
     tensors["dv"][part.keys] += rounded(weights).T @ d_out
 
 
-def _scores(
-    scaled: Literal["q", "product", "both"], problem: Problem, part: Part
-) -> tuple[np.ndarray, np.ndarray | None]:
+def _scores(scaled: Scaled, problem: Problem, part: Part) -> tuple[np.ndarray, np.ndarray | None]:
     """The scores, −inf where nothing is seen, and the slope of the softcap at each; (rows, Sk)."""
     scale = part.q.dtype.type(problem.scale)
     match scaled:
