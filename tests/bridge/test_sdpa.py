@@ -136,7 +136,7 @@ def test_cuda_operators_get_what_their_shapes_ask_for(backend, operator):
     q, k, v = (
         x.detach().to("meta").requires_grad_() for x in qkv(D=60, Dv=50, dtype=torch.bfloat16)
     )
-    problem = Problem.of(q, k, v, return_lse=True)
+    problem = dataclasses.replace(Problem.of(q, k, v, return_lse=True), platform="gpu")
     with Recorder() as recorder:
         out, lse = BACKENDS[backend].run(problem, problem.canonical(q, k, v))
         gradients = torch.autograd.grad((out.sum(), lse.sum()), (q, k, v))

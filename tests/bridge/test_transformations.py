@@ -11,9 +11,11 @@ import warnings
 import jax
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import heedful
 
@@ -186,3 +188,79 @@ def test_every_transformation_is_right_or_refused(backend, transformation):
         else {"rtol": 1e-4, "atol": 1e-4}
     )
     torch.testing.assert_close(transform(call, *args), expected, **exact)
+
+
+# Tensors without data
+
+OPTIONS = {
+    "plain": {},
+    "causal, lse": {"causal": True, "return_lse": True},
+    "bshd": {"layout": "bshd"},
+    "lengths": {"kv_lengths": torch.tensor([3, 1])},
+    "mask, offset": {
+        "mask": torch.ones(2, 1, 1, 3, dtype=torch.bool),
+        "causal": True,
+        "q_offset": torch.tensor([0, 2], dtype=torch.int32),
+    },
+    "bias": {"bias": normal(4, 2, 3, dtype=torch.float32)},
+}
+
+
+def facts_of_answers(backend, options, on, layout):
+    """Shape, dtype, strides and device of the results and of the gradients."""
+    q, k, v = (on(x.float()).requires_grad_() for x in qkv(backend, 2))
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    options = {name: on(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    results = heedful.attention(q, k, v, backend=backend, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    gradients = torch.autograd.grad([x.sum() for x in results], (q, k, v))
+    return [(x.shape, x.dtype, x.stride(), x.device.type) for x in (*results, *gradients)]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_has_no_data_gets_the_same_answer_without_data(backend, options):
+    layout = options.get("layout")
+    meta = [torch.empty(2, *x.shape, device="meta") for x in qkv()]
+    if layout == "bshd":
+        meta = [x.transpose(1, 2) for x in meta]
+    on_meta = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    verdicts = {v.name: v for v in heedful.explain(*meta, **on_meta).verdicts}
+    if not verdicts[backend].accepted:
+        with pytest.raises(heedful.Refusal):
+            heedful.attention(*meta, backend=backend, **on_meta)
+        assert (backend, bool(on_meta)) in {("torch:sdpa-math", True), ("jax:nn-xla", True)}
+        return
+    expected = facts_of_answers(backend, options, torch.Tensor.clone, layout)
+    with FakeTensorMode() as mode:
+        fake = facts_of_answers(backend, options, mode.from_tensor, layout)
+    assert fake == expected
+    no_data = facts_of_answers(backend, options, lambda x: x.to("meta"), layout)
+    assert no_data == [(*facts, "meta") for *facts, _ in expected]
+
+
+@pytest.mark.parametrize("backend", ["jax:flash", "numpy:oracle"])
+def test_a_graph_of_torch_operations_refuses_what_it_cannot_hold(backend):
+    q, k, v = (x.float() for x in qkv("", 2))
+
+    def call(q):
+        return heedful.attention(q, k, v, backend=backend)
+
+    for mode in ("real", "fake", "symbolic"):
+        with pytest.raises(NotImplementedError, match="choose torch:sdpa-flash or torch:sdpa-math"):
+            make_fx(call, tracing_mode=mode)(q)
+    warnings.simplefilter("ignore")  # torch's own: shapes become constants of the trace
+    with pytest.raises(NotImplementedError, match=f"cannot hold {backend}"):
+        torch.jit.trace(call, (q,))
+
+
+@pytest.mark.parametrize("backend", ["torch:sdpa-flash", "torch:sdpa-math"])
+def test_a_graph_of_torch_operations_holds_torchs_kernels(backend):
+    q, k, v = (x.float() for x in qkv("", 2))
+
+    def call(q, k, v):
+        return heedful.attention(q, k, v, causal=True, backend=backend)
+
+    graph = make_fx(call, tracing_mode="fake")(q, k, v)
+    torch.testing.assert_close(graph(2 * q, k, -v), call(2 * q, k, -v))

@@ -379,6 +379,14 @@ def dtype_of(x: Array) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
+def shape_of(x: Array) -> tuple[Any, ...]:
+    """Its sizes; what is a symbol to torch, while it records a graph, becomes the number it stands for.
+
+    torch remembers that it was asked, and records another graph for other sizes.
+    """
+    return tuple(map(int, x.shape)) if framework_of(x) == "torch" else tuple(x.shape)
+
+
 def platform_of(x: Array) -> str:
     """Where it lies: "cpu", "gpu" or "tpu"; a JAX tracer has no place yet and takes JAX's default."""
     match framework_of(x):
@@ -484,7 +492,7 @@ def _check_shapes(q: Array, k: Array, v: Array, layout: str) -> dict[str, Any]:
             f'layout must be "bhsd" or "bshd". Got {layout!r}. '
             "It is never guessed: say where the head axis stands."
         )
-    shapes = {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)}
+    shapes = {"q": shape_of(q), "k": shape_of(k), "v": shape_of(v)}
     got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     rank = len(shapes["q"])
     if rank < 2 or len({len(s) for s in shapes.values()}) > 1:
@@ -551,7 +559,7 @@ def _score_shape(
     name: str, x: Array, scores: tuple[int, ...], lead: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The canonical rank-4 shape of an array broadcastable to (*lead, Hq, Sq, Sk)."""
-    fitted = _broadcast_shape(tuple(x.shape), scores, lead)
+    fitted = _broadcast_shape(shape_of(x), scores, lead)
     if fitted is None:
         full = (*(lead or (1,)), *scores[1:])
         forms = f"be broadcastable to (B, Hq, Sq, Sk) = {full}"
@@ -578,7 +586,7 @@ def _broadcast_shape(
 
 def _mask_shape(mask: Array, scores: tuple[int, ...], lead: tuple[int, ...]) -> tuple[int, ...]:
     """Canonical shape of a mask, which for rank-4 input may also be the key-padding form (B, Sk)."""
-    shape = tuple(mask.shape)
+    shape = shape_of(mask)
     batch, _, q_length, kv_length = scores
     key_padding = len(lead) == 1 and shape == (batch, kv_length)
     if not key_padding:

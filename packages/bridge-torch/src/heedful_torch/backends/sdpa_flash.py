@@ -105,7 +105,7 @@ class SdpaFlash:
         return not torch.cuda.is_available()
 
     def reasons(self, problem: Problem) -> list[str]:
-        if problem.platform == "cpu":
+        if problem.platform in ("cpu", "meta"):
             return limits(CPU, problem)
         reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(CUDA, problem)
         if not torch.backends.cuda.is_flash_attention_available():
@@ -116,7 +116,7 @@ class SdpaFlash:
         return score_bytes(CPU if problem.platform == "cpu" else CUDA, problem)
 
     def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
-        return attend(CPU if problem.platform == "cpu" else CUDA, problem, operands)
+        return attend(CUDA if problem.platform == "gpu" else CPU, problem, operands)
 
 
 backend = SdpaFlash()

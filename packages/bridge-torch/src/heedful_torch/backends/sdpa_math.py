@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from heedful.problem import Operands, Problem
-from heedful_torch.backends.sdpa import Kernel, attend, limits, score_bytes
+from heedful_torch.backends.sdpa import Kernel, attend, limits, outside_autocast, score_bytes
 
 
 def _forward(
@@ -15,7 +15,7 @@ def _forward(
 ) -> tuple[Tensor, None, tuple[()]]:
     # Made of ordinary operations: torch differentiates them in q, k, v and the mask, and autocast
     # would round them.
-    with torch.autocast(q.device.type, enabled=False):
+    with outside_autocast(q):
         out, _ = torch.ops.aten._scaled_dot_product_attention_math(
             q, k, v, mask, 0.0, False, None, scale=scale
         )
