@@ -23,7 +23,6 @@ one kernel. What SDPA does around these operators, and what the contract asks be
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from heedful.problem import Operands, Problem
 from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.backends.score_mask import additive_shape, masking, score_mask, span
 from heedful_torch.function import FirstOrder, Function, no_forward_mode
+from heedful_torch.outside_autocast import no_autocast
 
 # (q, k, v, additive mask or None, causal, scale)
 # → out, lse or None, the tensors that the backward pass needs besides them
@@ -164,6 +164,11 @@ def cuda_limits(
 
 def attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """out and lse of a problem that is within the kernel's limits."""
+    with no_autocast(operands.q):
+        return _attend(kernel, problem, operands)
+
+
+def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
     place = span(problem)
     rows, columns = place.rows, place.columns
     q = operands.q[:, :, rows.start : rows.stop]
@@ -193,16 +198,6 @@ def attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor
         out = F.pad(out, (0, 0, *around))
         lse = None if lse is None else F.pad(lse, around, value=-torch.inf)
     return out, lse
-
-
-def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Within the block nothing is rounded to autocast's dtype, which the caller may have switched on.
-
-    A backward pass runs in whatever context `backward` was called in: it needs this of its own.
-    """
-    kind = x.device.type  # "meta" has no autocast
-    on = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _over_groups(
@@ -349,8 +344,7 @@ def _fused_forward(
         accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = q.new_zeros(*q.shape[:-1], v.shape[-1])
         return out, q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator), ()
-    with outside_autocast(q):
-        out, lse, kept = kernel.forward(q, k, v, mask, causal, scale)
+    out, lse, kept = kernel.forward(q, k, v, mask, causal, scale)
     assert lse is not None  # only a kernel without a backward operator of its own has none
     return out, lse, kept
 
@@ -373,7 +367,7 @@ def _fused_backward(
     assert kernel.backward is not None
     head, value_head = q.shape[-1], v.shape[-1]
     dmask = None
-    with outside_autocast(q):
+    with no_autocast(q):
         if dout is None:
             dout = torch.zeros_like(out)
         if mask_wanted and not kernel.mask_gradient:

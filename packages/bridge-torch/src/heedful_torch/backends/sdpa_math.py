@@ -3,23 +3,37 @@
 It computes float16 and bfloat16 in float32, and returns no LSE.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from heedful.problem import Operands, Problem
-from heedful_torch.backends.sdpa import Kernel, attend, limits, outside_autocast, score_bytes
+from heedful_torch.backends.sdpa import Kernel, attend, limits, score_bytes
+from heedful_torch.outside_autocast import outside_autocast
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, None, tuple[()]]:
-    # Made of ordinary operations: torch differentiates them in q, k, v and the mask, and autocast
-    # would round them.
-    with outside_autocast(q):
-        out, _ = torch.ops.aten._scaled_dot_product_attention_math(
-            q, k, v, mask, 0.0, False, None, scale=scale
-        )
+    # Made of ordinary operations: torch differentiates them in q, k, v and the mask.
+    (out,) = outside_autocast(_Math(scale), q, k, v, *(() if mask is None else (mask,)))
     return out, None, ()
+
+
+@dataclass(frozen=True)
+class _Math:
+    """The operator, as a function of tensors alone."""
+
+    scale: float
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor]:
+        out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+            q, k, v, mask, 0.0, False, None, scale=self.scale
+        )
+        return (out,)
 
 
 KERNEL = Kernel(forward=_forward, backward=None, flag=None, masks="accumulator")
