@@ -253,7 +253,7 @@ def bias_of(value, rows=slice(None), columns=slice(None), shape=(1, 1, 6, 9)):
     return bias
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize(
     "bias",
     [
@@ -270,7 +270,8 @@ def bias_of(value, rows=slice(None), columns=slice(None), shape=(1, 1, 6, 9)):
 )
 def test_beside_a_large_bias_they_sum_to_one(bias, dtype):
     q, k, v = qkv(dtype=dtype)
-    check(attention("torch:sdpa-flash"), q, k, v, bias=bias.requires_grad_())
+    bias = bias.to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_()
+    check(attention("torch:sdpa-flash"), q, k, v, bias=bias)
     check(attention("torch:sdpa-flash"), q, k, v, bias=bias, causal=True)
 
 
@@ -332,6 +333,26 @@ def test_on_cuda_they_sum_to_one(monkeypatch, backend):
     (dv,) = torch.autograd.grad(out, v, dout)
     summed = dout.float().unflatten(1, (2, 2)).sum((2, 3))
     torch.testing.assert_close(dv.float().sum(2), summed, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        bias_of(LOWEST),
+        bias_of(LOWEST, rows=slice(1, None, 2), shape=(2, 4, 6, 9)),
+        bias_of(LOWEST, columns=slice(4, None)),
+        bias_of(LOWEST, shape=(1, 4, 6, 1)),
+        torch.where(bias_of(True).bool().logical_xor(torch.eye(6, 9).bool()), LOWEST, LOWEST / 2),
+        bias_of(-LOWEST / 1.01, columns=slice(2, 5)),
+    ],
+    ids=["all", "rows", "keys", "a query", "two of them", "positive"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_efficient_kernel_is_given_no_mask_that_overflows_to_base_2(monkeypatch, bias, dtype):
+    bias = bias.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    q, k, v = qkv(dtype=dtype)
+    call = on_cuda(monkeypatch, "torch:sdpa-efficient")
+    check(call, q, k, v, bias=bias.to(dtype).requires_grad_())
 
 
 def test_what_a_row_of_them_sums_to_is_asked_only_where_it_is_large(monkeypatch):
@@ -747,7 +768,11 @@ class StandIn:
     def _scaled_dot_product_efficient_attention(
         self, q, k, v, bias, want, dropout, causal, *, scale
     ):
-        out, lse = self.forward(q, k, v, bias, causal, scale)
+        # To base 2, where finfo.min becomes -inf.
+        s = self.scores(q, k, bias, causal, scale) / math.log(2)
+        p = (s - s.amax(-1, keepdim=True)).exp2()
+        out = (p / p.sum(-1, keepdim=True) @ v.float()).to(q.dtype)
+        lse = (s.amax(-1) + p.sum(-1).log2()) * math.log(2)
         room = torch.full((*q.shape[:2], -q.shape[2] % 32), math.inf)
         return out, torch.cat([lse, room], -1), torch.zeros(()), torch.zeros(())
 

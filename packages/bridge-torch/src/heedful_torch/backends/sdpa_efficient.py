@@ -15,6 +15,27 @@ aten = torch.ops.aten
 
 MASK_ALIGNMENT = 16  # elements from one row of the mask to the next
 LONGEST_MASKED = 2**16
+LARGEST = 2.0**125  # of a mask; times log₂ e it is far from overflowing
+
+
+def _within_range(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The mask without numbers that overflow when the kernel multiplies scores by log₂ e.
+
+    finfo.min does, to -inf, and out is NaN where a row holds nothing else (pytorch#110213). Nothing
+    changes by it: beside a number so large q · k is lost, and what is less than it, by a rounding at
+    least, weighs nothing. So the latter becomes -inf, and the number itself `LARGEST`.
+
+    Returns:
+        the mask; and what is largest in each row, (B, Hq, Sq) with each axis full or 1, float32: the LSE
+        where it is over `LARGEST`. None for float16, in which nothing is.
+    """
+    if torch.finfo(mask.dtype).max < LARGEST:
+        return mask, None
+    top = mask.amax(-1, keepdim=True)
+    beyond = top.abs() > LARGEST
+    weightless = (mask < top) & (beyond | (mask < -LARGEST))
+    within = torch.where(beyond, top.clamp(-LARGEST, LARGEST), mask)
+    return torch.where(weightless, -torch.inf, within), top.squeeze(-1).float()
 
 
 def _aligned_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
@@ -30,13 +51,18 @@ def _aligned_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    aligned, top = None, None
     if mask is not None:
-        mask = _aligned_mask(mask, (*q.shape[:3], k.shape[2]))
+        within, top = _within_range(mask)
+        aligned = _aligned_mask(within, (*q.shape[:3], k.shape[2]))
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-        q, k, v, mask, True, 0.0, causal, scale=scale
+        q, k, v, aligned, True, 0.0, causal, scale=scale
     )
     # This LSE has room for a multiple of 32 queries, and the backward kernel wants it like that.
-    return out, lse[:, :, : q.shape[2]].clone(), (lse, seed, offset)
+    own = lse[:, :, : q.shape[2]].clone()
+    if top is not None:
+        own = torch.where(top.abs() > LARGEST, top, own)
+    return out, own, (lse, seed, offset)
 
 
 def _backward(
@@ -53,7 +79,9 @@ def _backward(
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     its_lse, seed, offset = kept
-    aligned = None if mask is None else _aligned_mask(mask, (*q.shape[:3], k.shape[2]))
+    aligned = None
+    if mask is not None:
+        aligned = _aligned_mask(_within_range(mask)[0], (*q.shape[:3], k.shape[2]))
     wanted = [True, True, True, mask_wanted]
     dq, dk, dv, dmask = aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, aligned, out, its_lse, seed, offset, 0.0, wanted, causal, scale=scale
