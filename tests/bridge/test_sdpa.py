@@ -302,6 +302,14 @@ def test_beside_large_logits_they_sum_to_one(options):
     check(attention("torch:sdpa-flash"), q, k, v, **{"scale": 1.0} | options)
 
 
+def test_the_scores_are_rounded_alike_forward_and_backward():
+    # By a scale that is no power of two, which the CPU kernel multiplies by in two places.
+    q, k, v = qkv(B=8, Hq=16, Hkv=16, Sq=40, Sk=40, D=32, Dv=32)
+    out = heedful.attention(12 * q, k, v, backend="torch:sdpa-flash")
+    (dv,) = torch.autograd.grad(out[:, :, 7].sum(), v)
+    torch.testing.assert_close(dv.sum(2), torch.ones_like(dv[:, :, 0]), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [-1e5, -1e7, -1e9, 1e9, -3e38])
 def test_beside_a_bias_that_rounds_the_scores_they_sum_to_one(size):
     # What is left of q·k is anybody's guess; that each row of P sums to 1 is not.

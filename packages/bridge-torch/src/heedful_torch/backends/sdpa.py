@@ -12,7 +12,9 @@ one kernel. What SDPA does around these operators, and what the contract asks be
   on K and V as they are: neither they nor their gradients are ever repeated. Nor does an axis get
   stride 0, with which the efficient kernel is reported to be wrong (pytorch#191937).
 - A scale of zero or less. Kernels hide causal scores by -inf before they multiply by the scale, and
-  the CPU kernel returns NaN. The sign is moved into q, exactly.
+  the CPU kernel returns NaN. The sign is moved into q, exactly. So is what is no power of two, but in
+  half precision: the CPU kernel multiplies by it in one place going forward and in another going back,
+  and the roundings of the scores, large ones above all, would part company with their LSE.
 - The gradient of the LSE, which torch's own derivative of these operators drops silently:
   `_with_lse_cotangent`. And that of the mask, which some drop too: `_mask_gradient`.
 - The probabilities that the backward operators make of a rounded LSE, and which sum to anything where
@@ -184,9 +186,9 @@ def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tenso
             q = torch.where(mask.sees, q, 0)
             k, v = torch.where(mask.seen, k, 0), torch.where(mask.seen, v, 0)
 
-    scale = problem.scale
-    if scale <= 0:
-        q, scale = (-q, -scale) if scale else (0 * q, 1.0)
+    factor, scale = _factors(problem)
+    if factor != 1:
+        q = factor * q
     additive = None if mask is None else mask.additive
     out, lse = _over_groups(kernel, problem.group, q, k, v, additive, causal, scale)
 
@@ -198,6 +200,16 @@ def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tenso
         out = F.pad(out, (0, 0, *around))
         lse = None if lse is None else F.pad(lse, around, value=-torch.inf)
     return out, lse
+
+
+def _factors(problem: Problem) -> tuple[float, float]:
+    """The scale as a factor for q and what is left of it, positive, for the kernel."""
+    if problem.dtype != problem.accumulator and problem.scale:
+        return math.copysign(1.0, problem.scale), abs(problem.scale)
+    factor, exponent = math.frexp(problem.scale)
+    if abs(factor) == 0.5:
+        factor, exponent = 2 * factor, exponent - 1
+    return factor, math.ldexp(1.0, exponent)
 
 
 def _over_groups(
