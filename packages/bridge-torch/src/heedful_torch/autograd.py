@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -42,7 +41,13 @@ from heedful_torch.dlpack import (
     why_jax_must_copy,
     x64_is_enabled,
 )
-from heedful_torch.function import Function, has_no_data, is_transformed, refuse_recording
+from heedful_torch.function import (
+    Function,
+    has_no_data,
+    is_transformed,
+    outside_compilation,
+    refuse_recording,
+)
 
 __all__ = ["jax_in_torch", "torch_in_jax"]
 
@@ -80,15 +85,10 @@ def jax_in_torch(function: JaxFunction, *, copy: bool | None = False) -> TorchFu
     """
     take = functools.partial(to_jax, copy=copy)
 
-    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        refuse_recording(getattr(function, "__name__", repr(function)))
-        return _apply(function, take, *tensors)
-
+    @outside_compilation
     def in_torch(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # torch.compile crashes inside JAX unless told to stay out; importing it takes a second.
-        if "torch._dynamo" in sys.modules:
-            return torch.compiler.disable(call)(*tensors)  # type: ignore[no-untyped-call]
-        return call(*tensors)
+        refuse_recording(function)
+        return _apply(function, take, *tensors)
 
     return functools.update_wrapper(in_torch, function, updated=())
 
@@ -141,6 +141,7 @@ class _JaxFunction(Function):
         ctx.results = [(x.shape, x.dtype) for x in outputs]
 
     @staticmethod
+    @outside_compilation
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second look
         inputs, kept = saved[: ctx.count], saved[ctx.count :]

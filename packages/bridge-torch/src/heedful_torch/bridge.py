@@ -32,6 +32,7 @@ from heedful_torch.function import (
     Function,
     has_no_data,
     no_forward_mode,
+    outside_compilation,
     refuse_recording,
 )
 
@@ -151,7 +152,7 @@ def _jax_on_torch(call: _Call, there: Mapping[str, Array]) -> tuple[jax.Array, .
 
 
 def _torch_on_numpy(call: _Call, there: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    refuse_recording(call.backend.name)
+    refuse_recording(call)
     return _NumpyInTorch.apply(call, *there.values())
 
 
@@ -179,6 +180,7 @@ class _NumpyInTorch(Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @outside_compilation
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, *_NumpyPullBack.apply(
             ctx.call, len(cotangents), *cotangents, *ctx.saved_tensors

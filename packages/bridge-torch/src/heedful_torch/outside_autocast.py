@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful_torch.function import Function
+from heedful_torch.function import Function, outside_compilation
 
 TensorFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -31,13 +31,12 @@ def outside_autocast(function: TensorFunction, *tensors: Tensor) -> tuple[Tensor
     ``function`` takes floating tensors and returns a tuple of them, by operations that torch
     differentiates. Its derivatives compute it again.
     """
-    of = _Compiled if torch.compiler.is_compiling() else _OutsideAutocast
-    outputs: tuple[Tensor, ...] = of.apply(function, *tensors)  # type: ignore[no-untyped-call]  # torch's
+    outputs: tuple[Tensor, ...] = _OutsideAutocast.apply(function, *tensors)
     return outputs
 
 
-class _Compiled(torch.autograd.Function):
-    """A function, differentiable once and in reverse: `torch.compile` takes none that has a `jvp`."""
+class _OutsideAutocast(Function):
+    """A function whose pull-back, push-forward and map over an axis are such functions again."""
 
     @staticmethod
     def forward(function: TensorFunction, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -51,18 +50,7 @@ class _Compiled(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        pull_back = _PullBack(ctx.function, wanted)
-        with no_autocast(cotangents[0]):
-            each = iter(pull_back(*ctx.saved_tensors, *cotangents))
-        return None, *(next(each) if want else None for want in wanted)
-
-
-class _OutsideAutocast(_Compiled, Function):
-    """A function whose pull-back, push-forward and map over an axis are such functions again."""
-
-    @staticmethod
+    @outside_compilation
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
         pull_back = _PullBack(ctx.function, wanted)

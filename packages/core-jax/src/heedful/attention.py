@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-from heedful import dispatch
+import numpy as np
+
+from heedful import dispatch, torch_compile
 from heedful.dispatch import Explanation
 from heedful.problem import Array, Options, Problem, dtype_of, framework_of
 
@@ -49,10 +51,36 @@ def attention(
         TypeError, ValueError: the call breaks the contract; says what came and how to mend it.
         Refusal: no backend that was asked can honour the call; says every reason.
     """
+    _tell_torch_compile()
+    # torch.compile would make a tensor of NumPy's array.
+    attend = _attend if isinstance(q, np.ndarray) else _attend_in_graph
+    return attend(q, k, v, backend, options, dispatch.ambient())
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    backend: str | Sequence[str] | None,
+    options: Options,
+    _ambient: Any,  # on which torch.compile guards: a graph is for one of them
+) -> Array | tuple[Array, Array]:
     problem = Problem.of(q, k, v, **options)
     chosen = dispatch.choose(problem, backend)
     operands = problem.canonical(q, k, v, **options)
     return problem.restore(*dispatch.run(chosen, problem, operands))
+
+
+_attend_in_graph = _attend
+
+
+@torch_compile.run_while_tracing
+def _tell_torch_compile() -> None:
+    global _attend, _attend_in_graph, _explain
+    if _attend_in_graph is _attend and torch_compile.is_there():
+        _attend_in_graph = torch_compile.one_operation(_attend)
+        _attend = torch_compile.left_out(_attend, "a graph of torch holds no NumPy array")
+        _explain = torch_compile.left_out(_explain, "an explanation is no operation on tensors")
 
 
 def explain(
@@ -67,6 +95,13 @@ def explain(
 
     Computes nothing. Takes what `attention` takes, and `jax.ShapeDtypeStruct` in place of arrays.
     """
+    _tell_torch_compile()
+    return _explain(q, k, v, backend, options)
+
+
+def _explain(
+    q: Array, k: Array, v: Array, backend: str | Sequence[str] | None, options: Options
+) -> Explanation:
     return dispatch.explain_choice(Problem.of(q, k, v, **options), backend)
 
 

@@ -199,6 +199,25 @@ def backends() -> Mapping[str, Backend]:
 _preferred: ContextVar[tuple[str, ...] | None] = ContextVar("heedful_backend", default=None)
 
 
+class _Ambient:
+    """What `use_backend` asks for here and now, as an attribute.
+
+    torch.compile cannot look into a ContextVar, but reads an attribute anew at each call where a
+    function of C stands behind it.
+    """
+
+    names: Any = property(_preferred.get)  # with the object itself as default
+
+
+_ambient = _Ambient()
+
+
+def ambient() -> tuple[tuple[str, ...] | None, str | None]:
+    """What a call without `backend=` is asked to take, by `use_backend` and by the environment."""
+    names = _ambient.names
+    return None if names is _ambient else names, os.environ.get(ENVIRONMENT)
+
+
 @contextmanager
 def use_backend(name: str | Sequence[str]) -> Iterator[None]:
     """Within the block, calls without `backend=` use this backend, or the first able one of a list."""

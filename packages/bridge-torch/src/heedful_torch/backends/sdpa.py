@@ -35,7 +35,7 @@ from torch import Tensor
 from heedful.problem import Operands, Problem
 from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.backends.score_mask import additive_shape, masking, score_mask, span
-from heedful_torch.function import FirstOrder, Function, no_forward_mode
+from heedful_torch.function import FirstOrder, Function, no_forward_mode, outside_compilation
 from heedful_torch.outside_autocast import no_autocast
 
 # (q, k, v, additive mask or None, causal, scale)
@@ -287,6 +287,7 @@ class _Fused(Function):
         ctx.save_for_backward(q, k, v, mask, *output)
 
     @staticmethod
+    @outside_compilation
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, dlse, *_ = cotangents
         mask_wanted = ctx.needs_input_grad[-1]

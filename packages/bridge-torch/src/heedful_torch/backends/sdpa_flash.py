@@ -113,7 +113,7 @@ class SdpaFlash:
         return reasons
 
     def score_bytes(self, problem: Problem) -> int:
-        return score_bytes(CPU if problem.platform == "cpu" else CUDA, problem)
+        return score_bytes(CUDA if problem.platform == "gpu" else CPU, problem)
 
     def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
         return attend(CUDA if problem.platform == "gpu" else CPU, problem, operands)
