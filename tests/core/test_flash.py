@@ -14,6 +14,7 @@ from definition import visible_by_definition
 from hypothesis import given
 from hypothesis import strategies as st
 
+from callers import QUICKLY
 from heedful.flash import flash
 from heedful.flash.autodiff import RESIDUALS
 from heedful.flash.forward import forward
@@ -120,6 +121,188 @@ def test_second_order_in_every_composition_is_that_of_plain():
         assert_close(
             jax.jit(compose, static_argnums=0)(partial(loss, small_flash)), expected, 1e-11
         )
+
+
+def relative(found, expected):
+    """The largest relative RMS error of a tree of arrays."""
+
+    def one(x, y):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        return np.linalg.norm(x - y) / (np.linalg.norm(y) or 1)
+
+    return max(jax.tree.leaves(jax.tree.map(one, found, expected)))
+
+
+def derivatives(attend, dtype, bias=0.0):
+    """Gradients, tangent and second order where q is 0 and all keys share one bias."""
+    rng = np.random.default_rng(2)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), "bfloat16").astype(dtype)
+
+    qkv = jnp.zeros((1, 2, 40, 8), dtype), *(normal(1, 2, 50, 8) for _ in "kv")
+    along = normal(1, 2, 40, 8), normal(1, 2, 50, 8), normal(1, 2, 50, 8)
+    weights = normal(1, 2, 40, 8), normal(1, 2, 40)
+    accumulator = "float64" if dtype == "float64" else "float32"
+    options = {"bias": jnp.full((1, 1, 1, 50), bias, accumulator)}
+    problem = Problem.of(*qkv, **options)
+
+    def loss(*qkv):
+        out, lse = attend(problem, problem.canonical(*qkv, **options))
+        return jnp.vdot(out**2, weights[0]).astype(accumulator) + jnp.vdot(
+            lse, weights[1].astype(accumulator)
+        )
+
+    @partial(jax.jit, compiler_options=QUICKLY)
+    def every(qkv):
+        gradient = jax.grad(loss, (0, 1, 2))
+        results = gradient(*qkv)
+        out_and_lse = partial(attend, problem)
+        tangent = jax.jvp(lambda *x: out_and_lse(problem.canonical(*x, **options)), qkv, along)[1]
+        return results, tangent, jax.jvp(gradient, qkv, along)[1], jax.vjp(gradient, *qkv)[1](along)
+
+    return every(qkv)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 6e-3)])
+@pytest.mark.parametrize("bias", [-1e9, float(np.finfo(np.float32).min)])
+def test_a_large_bias_that_all_keys_share_changes_no_derivative(bias, dtype, limit):
+    expected = derivatives(plain, "float64")
+    assert relative(derivatives(small_flash, dtype, bias=bias), expected) < limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_near_4096_lose_no_more_than_in_plain(dtype):
+    rng = np.random.default_rng(0)
+    q, k = (rng.integers(-1, 2, (1, 2, n, 8)) for n in (40, 50))
+    q[..., 0], k[..., 0] = 64, 64  # in any dtype exact, and so are the products
+    v, d_out = rng.integers(-4, 5, (1, 2, 50, 8)), rng.integers(-4, 5, (1, 2, 40, 8))
+
+    def gradients(attend, dtype):
+        qkv = [jnp.asarray(x, dtype) for x in (q, k, v)]
+        problem = Problem.of(*qkv, scale=1.0)
+
+        def out(*qkv):
+            return attend(problem, problem.canonical(*qkv))[0]
+
+        return jax.vjp(out, *qkv)[1](jnp.asarray(d_out, dtype))
+
+    expected = gradients(plain, "float64")
+    ours, plains = (relative(gradients(f, dtype), expected) for f in (small_flash, plain))
+    assert ours < 1.5 * plains
+
+
+def test_half_precision_keeps_the_gradients_of_peaked_rows():
+    rng = np.random.default_rng(0)
+    shapes = (1, 1, 64, 16), (1, 1, 96, 16), (1, 1, 96, 16)
+    peaked = [jnp.asarray(rng.uniform(-9, 9, shape), "bfloat16") for shape in shapes]
+    two_keys = [jnp.asarray(x, "bfloat16").reshape(1, 1, -1, 1) for x in ([8], [1, 0], [1, 2])]
+
+    def dq(attend, qkv, dtype, **options):
+        q, k, v = (x.astype(dtype) for x in qkv)
+        problem = Problem.of(q, k, v, **options)
+        return jax.grad(lambda q: attend(problem, problem.canonical(q, k, v))[0].sum())(q)
+
+    for qkv, options in ((peaked, {}), (two_keys, {"scale": 1.0})):
+        expected = dq(plain, qkv, "float64", **options)
+        assert relative(dq(flash, qkv, "bfloat16", **options), expected) < 6e-3
+
+
+# What nobody sees may hold anything, and so may what stands in its place in tangents and cotangents
+
+
+def first(f, x, along):
+    return jax.grad(f)(x), jax.jvp(f, (x,), (along,))[1]
+
+
+def forward_over_reverse(f, x, along):
+    return jax.jvp(jax.grad(f), (x,), (along,))[1]
+
+
+def reverse_over_forward(f, x, along):
+    return jax.grad(lambda x: jax.jvp(f, (x,), (along,))[1])(x)
+
+
+def reverse_over_reverse(f, x, along):
+    return jax.vjp(jax.grad(f), x)[1](along)[0]
+
+
+def thrice_reverse(f, x, along):
+    return jax.vjp(partial(reverse_over_reverse, f, along=along), x)[1](along)[0]
+
+
+def hiding(name):
+    """A question, where its arrays of `ask` are hidden, and which of its queries see nothing."""
+    rng = np.random.default_rng(4)
+    options = {
+        "lengths": {
+            "kv_lengths": np.array([41, 13]),
+            "q_lengths": np.array([5, 30]),
+            "causal": True,
+            "softcap": 1.5,
+        },
+        "mask": {"mask": rng.random((2, 4, 37, 50)) < 0.5},
+        "window": {"window": (5, 3), "q_offset": 20, "kv_lengths": np.array([50, 27])},
+    }[name]
+    if name == "mask":
+        options["mask"][:, :, 7] = False  # a row within a tile
+        options["mask"][0, 1, 16:32] = False  # a tile of rows
+        options["mask"][:, :2, :, [3, 30, 49]] = False  # keys, for one key head
+        options["mask"][1, 2:, :, 24:48] = False  # a tile of keys
+    sees = {n: x for n, x in options.items() if n != "softcap"}
+    see = visible_by_definition(2, 4, 37, 50, **sees)
+    key_seen = see.any(axis=2).reshape(2, 2, 2, 50).any(axis=2)[..., None]
+    hidden = {"q": ~see.any(axis=3)[..., None], "k": ~key_seen, "v": ~key_seen, "bias": ~see}
+    bias = rng.standard_normal(see.shape)
+    bias[:, :, 35] = -np.inf  # a row that sees keys, and gives them no weight
+    bias[:, :, :, 4] = -np.inf
+    return options | {"bias": bias}, hidden
+
+
+@pytest.mark.parametrize(
+    "order", [first, forward_over_reverse, reverse_over_forward, reverse_over_reverse]
+)
+@pytest.mark.parametrize("attend", [small_flash, plain], ids=["flash", "plain"])
+@pytest.mark.parametrize("name", ["lengths", "mask", "window"])
+def test_what_nobody_sees_plays_no_part_at_any_order(name, attend, order):
+    check_hidden(name, attend, order)
+
+
+@pytest.mark.parametrize("attend", [small_flash, plain], ids=["flash", "plain"])
+def test_what_nobody_sees_plays_no_part_in_a_third_derivative(attend):
+    check_hidden("lengths", attend, thrice_reverse)
+
+
+def check_hidden(name, attend, order):
+    options, hidden = hiding(name)
+    problem, operands, moving, _ = ask(**options)
+    along = normal_like(moving, seed=7)
+    weights = normal_like(jax.eval_shape(partial(plain, problem), operands), seed=8)
+
+    @partial(jax.jit, compiler_options=QUICKLY)
+    def derive(moving, along, weights):
+        def loss(moving):
+            out, lse = attend(problem, operands._replace(**moving))
+            lse = jnp.where(lse == -jnp.inf, 0, lse)
+            return jnp.vdot(jnp.sin(out), weights[0]) + jnp.vdot(jnp.sin(lse), weights[1])
+
+        return order(loss, moving, along)
+
+    expected = derive(moving, along, weights)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(expected))
+    for poison in (jnp.nan, jnp.inf):
+        x, way = (
+            {n: jnp.where(hidden[n], poison, x) for n, x in tree.items()}
+            for tree in (moving, along)
+        )
+        dead = hidden["q"]
+        of_rows = jnp.where(dead, poison, weights[0]), jnp.where(dead[..., 0], poison, weights[1])
+        found = derive(x, way, of_rows)
+        if order is first:  # the slope of a NaN loss is its own business
+            found, wanted = found[0], expected[0]
+        else:
+            wanted = expected
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_a_nan_that_is_seen_is_not_hidden_from_the_gradients():

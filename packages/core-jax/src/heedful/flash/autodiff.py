@@ -1,11 +1,12 @@
 """The three blockwise functions as three JAX primitives, and the rules that tie them together.
 
-    forward     q, k, v, bias → out, lse                  its tangent is `tangent`
+    forward     q, k, v, bias → out, m, l                 its tangent is `tangent`
     tangent     linear in q̇, k̇, v̇, bias̄                     its transpose is `cotangent`
-    cotangent   cotangents of out and lse → dq, dk, dv, dbias
+    cotangent   cotangents of out and l → dq, dk, dv, dbias
 
-With these, JAX derives the rest itself: reverse mode that saves q, k, v, out and lse, forward mode, and
-their compositions of any order. From the second order on the derivatives are those of the blockwise
+With these, JAX derives the rest itself: reverse mode that saves q, k, v, out, m and l, forward mode, and
+their compositions of any order. m is a shift, which changes neither out nor lse = m + log l: it stands
+still in every derivative. From the second order on the derivatives are those of the blockwise
 functions with loops of a fixed length, which JAX can transpose; their memory is not linear.
 
 `custom_vjp` would give up forward mode, and `custom_jvp` alone would transpose every slice of every
@@ -24,14 +25,15 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from heedful.flash.cotangent import cotangent
-from heedful.flash.forward import forward
+from heedful.flash.forward import Kept, forward
 from heedful.flash.tangent import tangent
 from heedful.flash.tiles import Tiles
 from heedful.problem import Array, Operands, Problem
 
-# Names for `jax.checkpoint` policies such as `save_only_these_names(*RESIDUALS)`: with both saved, the
-# backward pass does not run the forward pass again.
-RESIDUALS = ("heedful_out", "heedful_lse")
+# Names for `jax.checkpoint` policies such as `save_only_these_names(*RESIDUALS)`: with all saved, the
+# backward pass does not run the forward pass again. For each query they take Dv + 2 numbers of the
+# accumulator's dtype: out is saved as it was before it was rounded to the problem's dtype.
+RESIDUALS = tuple(f"heedful_{name}" for name in Kept._fields)
 
 
 def flash(problem: Problem, operands: Operands, tiles: Tiles | None = None) -> tuple[Array, Array]:
@@ -44,12 +46,21 @@ def flash(problem: Problem, operands: Operands, tiles: Tiles | None = None) -> t
         out = jnp.zeros((*rows, problem.value_dim), problem.dtype)
         return out, jnp.full(rows, -jnp.inf, problem.accumulator)
     leaves, tree = jax.tree.flatten(operands)
-    out, lse = forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles)
-    return out, lse
+    return _results(
+        *forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles), problem.dtype
+    )
 
 
-# The primitives' arguments are flat: the operands' leaves, which `tree` puts together again; then out
-# and lse; then cotangents. Tangents stand before all of these.
+@partial(jax.jit, static_argnums=3, inline=True)  # outside of a trace one call, not one each
+def _results(out: Array, m: Array, l: Array, dtype: str) -> tuple[Array, Array]:
+    """out and lse as the contract has them."""
+    empty = l == 0
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1, l)))
+    return out.astype(dtype), lse
+
+
+# The primitives' arguments are flat: the operands' leaves, which `tree` puts together again; then
+# what forward kept; then cotangents. Tangents stand before all of these.
 
 
 def _forward(*leaves: Array, tree: Any, **options: Any) -> list[Array]:
@@ -57,19 +68,19 @@ def _forward(*leaves: Array, tree: Any, **options: Any) -> list[Array]:
 
 
 def _tangent(*flat: Array, tree: Any, of_bias: bool, **options: Any) -> list[Array]:
-    moving, (*leaves, out, lse) = flat[: 3 + of_bias], flat[3 + of_bias :]
+    moving, (*leaves, out, m, l) = flat[: 3 + of_bias], flat[3 + of_bias :]
     tangents = moving if of_bias else (*moving, None)
     operands = jax.tree.unflatten(tree, leaves)
-    return list(tangent(operands=operands, out=out, lse=lse, tangents=tangents, **options))
+    return list(tangent(operands=operands, kept=Kept(out, m, l), tangents=tangents, **options))
 
 
 def _cotangent(*flat: Array, tree: Any, **options: Any) -> list[Array]:
-    *leaves, out, lse, d_out, d_lse = flat
+    *leaves, out, m, l, d_out, d_l = flat
     operands = jax.tree.unflatten(tree, leaves)
-    gradients = cotangent(
-        operands=operands, out=out, lse=lse, out_cotangent=d_out, lse_cotangent=d_lse, **options
+    kept = Kept(out, m, l)
+    return list(
+        cotangent(operands=operands, kept=kept, out_cotangent=d_out, l_cotangent=d_l, **options)
     )
-    return list(gradients)
 
 
 def _primitive(name: str, implementation: Callable[..., list[Array]], *params: str) -> Primitive:
@@ -96,16 +107,18 @@ cotangent_p = _primitive("heedful_cotangent", _cotangent, "problem", "tree", "ti
 
 def _jvp_of_forward(
     primals: Sequence[Array], tangents: Sequence[Any], **params: Any
-) -> tuple[list[Array], list[Array]]:
-    out, lse = forward_p.bind(*primals, **params)
+) -> tuple[list[Array], list[Any]]:
+    kept = forward_p.bind(*primals, **params)
     # Named here, before the tangent rule reads them: a name put on later would not be the residual's.
-    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUALS, strict=True))
+    kept = [checkpoint_name(x, name) for x, name in zip(kept, RESIDUALS, strict=True)]
     named = jax.tree.unflatten(params["tree"], tangents)
     moving = [ad.instantiate_zeros(t) for t in (named.q, named.k, named.v)]
     of_bias = named.bias is not None and not isinstance(named.bias, ad.Zero)
     if of_bias:
         moving.append(named.bias)
-    return [out, lse], tangent_p.bind(*moving, *primals, out, lse, of_bias=of_bias, **params)
+    out_dot, l_dot = tangent_p.bind(*moving, *primals, *kept, of_bias=of_bias, **params)
+    m_dot = ad.Zero(jax.typeof(kept[1]).to_tangent_aval())
+    return kept, [out_dot, m_dot, l_dot]
 
 
 def _transpose_of_tangent(

@@ -1,10 +1,11 @@
-"""The backward pass, tile by tile: Dao et al. 2022, Algorithm 4, with the cotangent of lse."""
+"""The backward pass, tile by tile: Dao et al. 2022, Algorithm 4, with the cotangent of l."""
 
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
+from heedful.flash.forward import Kept
 from heedful.flash.scores import (
     add_tile,
     clean,
@@ -12,7 +13,9 @@ from heedful.flash.scores import (
     keys_of,
     queries_of,
     query_key,
-    tile_of_scores,
+    scores,
+    seen_in_tile,
+    seen_keys,
     unfold_keys,
     unfold_queries,
     weigh,
@@ -36,38 +39,38 @@ from heedful.problem import Array, Operands, Problem
 def cotangent(
     problem: Problem,
     operands: Operands,
-    out: Array,
-    lse: Array,
+    kept: Kept,
     out_cotangent: Array,
-    lse_cotangent: Array,
+    l_cotangent: Array,
     *,
     of_bias: bool = False,
     tiles: Tiles | None = None,
     every_tile: bool = False,
 ) -> tuple[Array, ...]:
-    """(dq, dk, dv), and dbias where `of_bias`: what out's and lse's cotangents make of the inputs'.
+    """(dq, dk, dv), and dbias where `of_bias`: what out's and l's cotangents make of the inputs'.
 
-    From lse = log Σ exp(s) follows ∂lse_i/∂s_ij = p_ij, so the cotangent of lse joins line 19 as
-    dS = P ∘ (dP − D + dlse); it is taken off D before the loops. The loops are exchanged against the
+    From l = Σ exp(s − m) follows ∂l_i/∂s_ij = l_i p_ij, so the cotangent of l joins line 19 as
+    dS = P ∘ (dP − D + l dl); it is taken off D before the loops. The loops are exchanged against the
     paper: keys outside, so that dk and dv stay in the tile and only dq is updated in memory.
+    `every_tile` visits those that nobody sees too, in loops of a fixed length (see `tiles.visit`).
     """
     tiles = tiles or tile_sizes(problem)
     query_tiles = count(problem.q_length, tiles.queries)
     key_tiles = count(problem.kv_length, tiles.keys)
     accumulator = problem.accumulator
-    # Line 19: D = rowsum(dO ∘ O), for all rows at once.
-    delta = jnp.sum(out_cotangent.astype(accumulator) * out.astype(accumulator), axis=-1)
-    delta = delta - lse_cotangent.astype(accumulator)
-    # A row that sees no key has no gradient: with lse = +inf its p is 0, and 0 is what it then meets.
-    alive = lse != -jnp.inf
-    lse, delta = jnp.where(alive, lse, jnp.inf), jnp.where(alive, delta, 0)
-    q, out_cotangent = (clean(x, alive[..., None]) for x in (operands.q, out_cotangent))
+    # A row that sees no key has no gradient: its p is 0, and 0 is what it then meets.
+    out, m, l = kept
+    alive = l != 0
+    q, d_out = (clean(x, alive[..., None]) for x in (operands.q, out_cotangent))
     operands = operands._replace(q=q)
+    # Line 19: D = rowsum(dO ∘ O), for all rows at once.
+    delta = jnp.sum(d_out * out, axis=-1) - l * clean(l_cotangent, alive)
+    inverse = clean(1 / jnp.where(alive, l, 1), alive)
 
     def head_tile(
-        arrays: tuple[Operands, Array, Array, Array], d_bias: tuple[Array, ...]
+        arrays: tuple[Operands, Array, tuple[Array, Array, Array]], d_bias: tuple[Array, ...]
     ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-        operands, lse, d_out, delta = arrays
+        operands, d_out, of_rows = arrays
 
         def key_tile(carry: Any, j: Array) -> tuple[Any, tuple[Array, Array]]:
             k = widen(problem, keys_of(problem, tiles, operands.k, j))
@@ -77,22 +80,26 @@ def cotangent(
                 dq, d_bias, dk, dv = carry
                 q = widen(problem, queries_of(problem, tiles, operands.q, i))
                 do = widen(problem, queries_of(problem, tiles, d_out, i))
-                row_lse = queries_of(problem, tiles, lse, i)
-                row_delta = queries_of(problem, tiles, delta, i)
-
-                s, slope, seen = tile_of_scores(problem, tiles, operands, q, k, i, j, masked)
-                p = jnp.exp(s - row_lse[..., None])  # line 13
-                dv = dv + gather(problem, p, do)  # line 16
-                dp = query_key(do, clean(v, seen))  # line 17
-                ds = p * (dp - row_delta[..., None])  # lines 19 and 20
-                d_bias = tuple(add_tile(problem, tiles, x, ds, i, j) for x in d_bias)
+                m, inverse, delta = (queries_of(problem, tiles, x, i)[..., None] for x in of_rows)
+                see = seen_in_tile(problem, tiles, operands, i, j) if masked else None
+                seen = seen_keys(problem, tiles, see)
+                seen_k, seen_v = clean(k, seen), clean(v, seen)
+                s, slope = scores(problem, tiles, operands, q, seen_k, i, j, see)
+                p = jnp.exp(s - m) * inverse  # line 13
+                dv = dv + clean(gather(problem, p, do), seen)  # line 16
+                dp = query_key(do, seen_v)  # line 17
+                ds = p * (dp - delta)  # lines 19 and 20
+                if d_bias:
+                    seen_ds = clean(unfold_queries(problem, tiles, ds), see)
+                    d_bias = (add_tile(problem, tiles, d_bias[0], seen_ds, i, j),)
                 if slope is not None:
                     ds = ds * slope
                 begin = start(i, problem.q_length, tiles.queries)
-                rows = unfold_queries(problem, tiles, weigh(ds, clean(k, seen)))  # line 21
+                rows = unfold_queries(problem, tiles, weigh(ds, seen_k))  # line 21
                 rows = cut(dq, 2, begin, tiles.queries) + rows
                 dq = lax.dynamic_update_slice_in_dim(dq, rows, begin, 2)
-                return dq, d_bias, dk + gather(problem, ds, q), dv  # line 22
+                dk = dk + clean(gather(problem, ds, q), seen)  # line 22
+                return dq, d_bias, dk, dv
 
             dk, dv = jnp.zeros(k.shape, accumulator), jnp.zeros(v.shape, accumulator)
             seen = queries_seen(problem, operands, tiles, start(j, problem.kv_length, tiles.keys))
@@ -108,7 +115,8 @@ def cotangent(
     bias = operands.bias if of_bias else None
     d_bias = () if bias is None else (jnp.zeros(bias.shape, accumulator),)
     gradients, d_bias = over_heads(
-        problem, tiles, head_tile, (operands, lse, out_cotangent, delta), d_bias
+        problem, tiles, head_tile, (operands, d_out, (m, inverse, delta)), d_bias
     )
     dq, dk, dv = (x.astype(problem.dtype) for x in gradients)
+    dq = clean(dq, alive[..., None])
     return dq, dk, dv, *(x.astype(problem.bias_dtype) for x in d_bias)

@@ -6,29 +6,12 @@ of queries (b·h, g·queries, D), the g query heads that share a key head below 
 batch of matrices.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import lax
 
 from heedful.flash.tiles import Tiles, count_up, cut, start
 from heedful.problem import Array, Operands, Problem
 from heedful.visibility import visible
-
-
-class Tile(NamedTuple):
-    """A tile of scores.
-
-    Attributes:
-        scores: capped, biased, −inf where nothing is visible.
-        slope: derivative of the capped score by the uncapped one; None without softcap.
-        seen_keys: which keys somebody in the tile sees, (b·h, keys, 1); None where the tile is not
-            masked.
-    """
-
-    scores: Array
-    slope: Array | None
-    seen_keys: Array | None
 
 
 def queries_of(problem: Problem, tiles: Tiles, x: Array, index: Array) -> Array:
@@ -63,8 +46,7 @@ def cut_scores(problem: Problem, tiles: Tiles, x: Array, i: Array, j: Array) -> 
 def add_tile(
     problem: Problem, tiles: Tiles, total: Array, tile: Array, i: Array, j: Array
 ) -> Array:
-    """Adds tile (i, j) of scores to something shaped like all of them, summed where an axis is 1."""
-    tile = unfold_queries(problem, tiles, tile)
+    """Adds tile (i, j) of scores, unfolded, to all of them or to their sum where an axis is 1."""
     tile = tile.sum(axis=[n for n in range(4) if total.shape[n] == 1], keepdims=True)
     zero = jnp.zeros_like(i)
     row = zero if total.shape[2] == 1 else start(i, problem.q_length, tiles.queries)
@@ -81,7 +63,37 @@ def widen(problem: Problem, x: Array) -> Array:
     return x.astype(problem.accumulator) if problem.platform == "cpu" else x
 
 
-def tile_of_scores(
+def seen_in_tile(
+    problem: Problem, tiles: Tiles, operands: Operands, i: Array, j: Array
+) -> Array | None:
+    """What query tile i sees of key tile j: (b, h·g, queries, keys), each axis full or 1; None: all."""
+    rows = start(i, problem.q_length, tiles.queries) + count_up(tiles.queries)
+    columns = start(j, problem.kv_length, tiles.keys) + count_up(tiles.keys)
+    mask = operands.mask
+    if mask is not None:
+        mask = cut_scores(problem, tiles, mask, i, j)
+    see = visible(problem, operands._replace(mask=mask), rows, columns)
+    if problem.kv_length % tiles.keys:  # the last tile overlaps the one before it: count keys once
+        fresh = (columns >= j * tiles.keys)[None, None, None, :]
+        see = fresh if see is None else see & fresh
+    if problem.q_length % tiles.queries:
+        fresh = (rows >= i * tiles.queries)[None, None, :, None]
+        see = fresh if see is None else see & fresh
+    return see
+
+
+def seen_keys(problem: Problem, tiles: Tiles, see: Array | None) -> Array | None:
+    """Which keys of a tile somebody in it sees, (b·h, keys, 1); None: all."""
+    if see is None:
+        return None
+    seen = see.any(axis=2)  # (b or 1, h·g or 1, keys or 1)
+    if seen.shape[1] != 1:
+        seen = seen.reshape(seen.shape[0], -1, problem.group, seen.shape[2]).any(axis=2)
+    seen = jnp.broadcast_to(seen, (tiles.batch, tiles.kv_heads, tiles.keys))
+    return seen.reshape(-1, tiles.keys, 1)
+
+
+def scores(
     problem: Problem,
     tiles: Tiles,
     operands: Operands,
@@ -89,15 +101,17 @@ def tile_of_scores(
     k: Array,
     i: Array,
     j: Array,
-    masked: bool,
-) -> Tile:
-    """The scores of query tile i against key tile j.
+    see: Array | None,
+) -> tuple[Array, Array | None]:
+    """The scores of query tile i against key tile j, −inf where nothing is seen, and their slope.
+
+    The slope is the derivative of the capped score by the uncapped one; None without softcap.
 
     Args:
-        q, k: the tiles, already cut and widened.
+        q, k: the tiles, cut and widened; in a function that is differentiated, clean too.
         operands: the arrays of this tile's batch rows and heads, whole along queries and keys.
         i, j: the tiles' indices.
-        masked: whether to ask what is visible; where False the caller knows that all is.
+        see: what is seen, of `seen_in_tile`; None: all.
     """
     if q.dtype == problem.accumulator:
         s = query_key(q * problem.scale, k)  # one pass less over the tile than to scale the scores
@@ -111,36 +125,17 @@ def tile_of_scores(
     s = unfold_queries(problem, tiles, s)
     if operands.bias is not None:
         s = s + cut_scores(problem, tiles, operands.bias, i, j).astype(s.dtype)
-    if not masked:
-        return Tile(s.reshape(folded), slope, None)
-
-    rows = start(i, problem.q_length, tiles.queries) + count_up(tiles.queries)
-    columns = start(j, problem.kv_length, tiles.keys) + count_up(tiles.keys)
-    mask = operands.mask
-    if mask is not None:
-        mask = cut_scores(problem, tiles, mask, i, j)
-    see = visible(problem, operands._replace(mask=mask), rows, columns)
-    if problem.kv_length % tiles.keys:  # the last tile overlaps the one before it: count keys once
-        fresh = (columns >= j * tiles.keys)[None, None, None, :]
-        see = fresh if see is None else see & fresh
-    if problem.q_length % tiles.queries:
-        fresh = (rows >= i * tiles.queries)[None, None, :, None]
-        see = fresh if see is None else see & fresh
-    if see is None:
-        return Tile(s.reshape(folded), slope, None)
-    if slope is not None:  # that of a NaN which nobody sees
-        slope = jnp.where(see, unfold_queries(problem, tiles, slope), 0).reshape(folded)
-    seen_keys = see.any(axis=2)  # (batch or 1, heads or 1, keys or 1)
-    if seen_keys.shape[1] != 1:
-        seen_keys = seen_keys.reshape(seen_keys.shape[0], -1, problem.group, seen_keys.shape[2])
-        seen_keys = seen_keys.any(axis=2)
-    seen_keys = jnp.broadcast_to(seen_keys, (tiles.batch, folded[0] // tiles.batch, folded[2]))
-    s = jnp.where(see, s, -jnp.inf).reshape(folded)
-    return Tile(s, slope, seen_keys.reshape(folded[0], folded[2], 1))
+    if see is not None:
+        s = jnp.where(see, s, -jnp.inf)
+    return s.reshape(folded), slope
 
 
 def clean(x: Array, seen: Array | None) -> Array:
-    """Zeros where nobody looks: 0 · NaN would be NaN in the products that follow."""
+    """Zeros where nobody looks: 0 · NaN would be NaN in the arithmetic that follows.
+
+    Before that arithmetic and not after it, for its derivatives are products too. Results are cleaned
+    as well: in the derivative's transpose they are where cotangents come in.
+    """
     return x if seen is None else jnp.where(seen, x, 0)
 
 
