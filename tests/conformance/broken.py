@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import hard
 import jax
 import jax.numpy as jnp
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from heedful import oracle
 from heedful.plain import plain
 from heedful.visibility import visible
+from heedful_torch.crosscheck import Case
 
 EVERYTHING = {"out", "lse", "dq", "dk", "dv"}
 HALVES = ("bfloat16", "float16")
@@ -30,20 +32,22 @@ class Broken:
     Attributes:
         name: under which it is registered.
         run: (problem, operands) → (out, lse).
-        caught_in: a case that shows it.
+        caught_in: a case that shows it, by its name or itself.
         wrong: the tensors that are wrong there; None for an exception.
         says: part of what the crosscheck must say.
         dtypes: in which it must be caught, each; bfloat16 is where noise hides most.
         deterministic: what it claims.
+        verdict: what it comes out as.
     """
 
     name: str
     run: Callable
-    caught_in: str
+    caught_in: str | Case
     wrong: set[str | None]
     says: str = ""
     dtypes: tuple[str, ...] = ("bfloat16",)
     deterministic: bool = False
+    verdict: str = "disagree"
 
     def reasons(self, problem):
         return ()
@@ -207,6 +211,101 @@ def _(problem, operands):
 
     total, _ = jax.lax.scan(add, jnp.zeros(out.shape, jnp.bfloat16), parts)
     return _with_gradient_of(out, total.astype(problem.dtype)), lse
+
+
+# It keeps too little for the backward pass
+
+
+def _as_flash(problem, operands, *, probabilities, out_for_delta):
+    """Plain attention with a backward pass of its own, for hard cases: no mask, a bias (1, 1, Sq, Sk).
+
+    Args:
+        probabilities: scores, lse → P, float32.
+        out_for_delta: out in float32 → what delta = rowsum(dO ∘ O) takes.
+    """
+    wide_problem, wide = _in_float32(problem, operands)
+
+    @jax.custom_vjp
+    def attend(q, k, v, bias):
+        out, lse = plain(wide_problem, wide._replace(q=q, k=k, v=v, bias=bias))
+        return out.astype(problem.dtype), lse
+
+    def forward(q, k, v, bias):
+        out, lse = plain(wide_problem, wide._replace(q=q, k=k, v=v, bias=bias))
+        return (out.astype(problem.dtype), lse), (q, k, v, bias, out, lse)
+
+    def backward(kept, cotangents):
+        q, k, v, bias, out, lse = kept
+        d_out, d_lse = (x.astype(jnp.float32) for x in cotangents)
+        scores = problem.scale * (q @ k.mT) + (0 if bias is None else bias)
+        p = probabilities(scores, lse)
+        delta = (d_out * out_for_delta(out)).sum(-1) - d_lse
+        ds = p * (d_out @ v.mT - delta[..., None])
+        d_bias = None if bias is None else ds.sum((0, 1), keepdims=True)
+        return problem.scale * ds @ k, problem.scale * ds.mT @ q, p.mT @ d_out, d_bias
+
+    attend.defvjp(forward, backward)
+    bias = None if operands.bias is None else operands.bias.astype(jnp.float32)
+    return attend(wide.q, wide.k, wide.v, bias)
+
+
+def _exp_of_rounded_lse(problem, operands):
+    """P = exp(s − lse), where lse has lost log n beside −1e9: Σ P = n, gradients n times too large."""
+    return _as_flash(
+        problem,
+        operands,
+        probabilities=lambda s, lse: jnp.exp(s - lse[..., None]),
+        out_for_delta=lambda out: out,
+    )
+
+
+for padded in (hard.PADDED, hard.PADDED_TO_THE_END):
+    broken(
+        f"jax:exp-of-rounded-lse-{padded.name}",
+        caught_in=padded,
+        wrong={"dq", "dk", "dv", "dbias"},
+        dtypes=("float32", "bfloat16"),
+    )(_exp_of_rounded_lse)
+
+
+@broken(
+    "jax:delta-of-rounded-out",
+    caught_in=hard.PEAKED,
+    wrong={"dq", "dk"},
+    says="times its limit",
+    verdict="lossy",
+)
+def _(problem, operands):
+    """Takes delta of an O that was rounded to bfloat16, as FlashAttention's kernels do."""
+    return _as_flash(
+        problem,
+        operands,
+        probabilities=lambda s, lse: jax.nn.softmax(s),
+        out_for_delta=lambda out: out.astype(problem.dtype).astype(jnp.float32),
+    )
+
+
+@broken(
+    "jax:peaked-gradients-lost",
+    caught_in=hard.PEAKED,
+    wrong={"dq", "dk"},
+    dtypes=("float32", "bfloat16"),
+)
+def _(problem, operands):
+    """A delta 5 % off: on peaked rows, where it cancels, that is more than rounding O would excuse."""
+    return _as_flash(
+        problem,
+        operands,
+        probabilities=lambda s, lse: jax.nn.softmax(s),
+        out_for_delta=lambda out: out * 1.05,
+    )
+
+
+@broken("jax:lse-off-beside-padded-rows", caught_in=hard.PADDED_TO_THE_END, wrong={"lse"})
+def _(problem, operands):
+    """Beside an LSE of −3e38 that of all other rows was nothing."""
+    out, lse = plain(problem, operands)
+    return out, lse + jax.lax.stop_gradient(jnp.where(lse > -1e30, 0.01, 0.0))
 
 
 # A part of it is wrong

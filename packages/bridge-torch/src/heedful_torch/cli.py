@@ -71,12 +71,15 @@ def crosscheck(
     try:
         loaded = judge.load(input_file) if input_file else ()
         chosen: list[judge.Case | str] = [*(cases or []), *loaded]
+        dtypes = dtype or ("float32", "bfloat16", "float16")
+        for needed in judge.memory_needed(loaded, backend, dtypes):
+            typer.echo(f"memory: {needed}", err=True)
         with _progress_bar() as bar:
             task = bar.add_task("", total=None)
             report = judge.crosscheck(
                 backend,
                 chosen or None,
-                dtype or ("float32", "bfloat16", "float16"),
+                dtypes,
                 seed,
                 lambda done, total, what: bar.update(
                     task, completed=done, total=total, description=what

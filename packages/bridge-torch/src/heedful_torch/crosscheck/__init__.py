@@ -20,10 +20,28 @@ from collections.abc import Sequence
 
 import heedful
 from heedful_torch.crosscheck.cases import Case, InputError, everything, load, select
+from heedful_torch.crosscheck.memory import Memory, estimate
 from heedful_torch.crosscheck.report import Report
-from heedful_torch.crosscheck.run import DTYPES, Failure, Outcome, Progress, collect_outcomes
+from heedful_torch.crosscheck.run import (
+    DTYPES,
+    WORKERS,
+    Failure,
+    Outcome,
+    Progress,
+    collect_outcomes,
+)
 
-__all__ = ["Case", "Failure", "InputError", "Outcome", "Report", "crosscheck", "load"]
+__all__ = [
+    "Case",
+    "Failure",
+    "InputError",
+    "Memory",
+    "Outcome",
+    "Report",
+    "crosscheck",
+    "load",
+    "memory_needed",
+]
 
 
 def crosscheck(
@@ -53,12 +71,26 @@ def crosscheck(
         ValueError: an unknown backend, case or dtype.
     """
     chosen = _chosen_backends(backends)
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtypes must be of {', '.join(DTYPES)}. Got {dtype!r}.")
+    _check_dtypes(dtypes)
     started = time.perf_counter()
     outcomes = collect_outcomes(chosen, _chosen_cases(cases), dtypes, seed, progress)
     return Report(tuple(outcomes), seed, time.perf_counter() - started, strict)
+
+
+def memory_needed(
+    cases: Sequence[Case],
+    backends: Sequence[str] | None = None,
+    dtypes: Sequence[str] = ("float32", "bfloat16", "float16"),
+) -> list[Memory]:
+    """What each case takes, in the dtype in which it takes most; computes nothing. `str` says it.
+
+    Raises:
+        ValueError: an unknown backend or dtype.
+    """
+    names = _chosen_backends(backends)
+    _check_dtypes(dtypes)
+    found = ([estimate(case, dtype, names, WORKERS) for dtype in dtypes] for case in cases)
+    return [max(by_dtype, key=lambda memory: memory.at_once) for by_dtype in found]
 
 
 def _chosen_backends(names: Sequence[str] | None) -> list[str]:
@@ -67,6 +99,12 @@ def _chosen_backends(names: Sequence[str] | None) -> list[str]:
         if name not in known:
             raise ValueError(f"no backend is named {name!r}. There are {', '.join(known)}.")
     return list(known if names is None else dict.fromkeys(names))
+
+
+def _check_dtypes(dtypes: Sequence[str]) -> None:
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtypes must be of {', '.join(DTYPES)}. Got {dtype!r}.")
 
 
 def _chosen_cases(cases: Sequence[Case | str] | None) -> list[Case]:

@@ -16,11 +16,6 @@ class OracleBackend:
     def reasons(self, problem: Problem) -> tuple[str, ...]:
         return ()
 
-    def score_bytes(self, problem: Problem) -> int:
-        return (
-            8 * problem.score_count // max(1, problem.batch * problem.kv_heads)
-        )  # a key head at a time
-
     def run(self, problem: Problem, operands: Operands) -> tuple[np.ndarray, np.ndarray]:
         out, lse = oracle.forward(problem, operands)
         return _rounded(out, problem.dtype), _rounded(lse, problem.accumulator)

@@ -1,0 +1,345 @@
+"""Hard inputs: the honest pass on them, and what is lossy, or beyond its ceiling, is said so."""
+
+import ast
+import inspect
+import json
+
+import hard
+import numpy as np
+import pytest
+
+import heedful
+from heedful import Problem, oracle
+from heedful_torch.crosscheck import crosscheck, memory_needed, question, tolerance, yardstick
+from heedful_torch.crosscheck.cases import generated, select
+from heedful_torch.crosscheck.question import Question
+from heedful_torch.crosscheck.tolerance import CEILING, judge
+
+HONEST = (
+    "jax:plain",
+    "jax:nn-xla",
+    "torch:sdpa-math",
+    "torch:sdpa-flash",
+    "numpy:oracle",
+)
+OURS = ("jax:plain", "numpy:oracle")
+
+
+@pytest.mark.parametrize("case", hard.HARD, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_honest_backends_pass_where_it_is_hard_and_ours_lose_nothing(case, dtype):
+    for seed in range(3):
+        report = crosscheck(HONEST, [case], [dtype], seed)
+        assert report.agree, str(report)
+        assert all(report.verdicts[name] == "agree" for name in OURS), str(report)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_hard_cases_stay_beneath_the_ceilings_but_for_values_that_cancel(dtype):
+    """A ceiling that is reached takes away what tells good from bad."""
+    report = crosscheck(["numpy:oracle"], hard.HARD, [dtype])
+    assert {c.case for c in report.ceilings} <= {"values-that-cancel", "keys-that-cancel"}
+    assert not any(c.case in str(report) for c in report.ceilings) or "ceiling" in str(report)
+
+
+# The verdicts
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    """What is right, the same rounded to bfloat16, and the same with one part in five lost."""
+    want = np.random.default_rng(0).standard_normal((2, 4, 50, 64))
+    lost = want * (1 + 0.2 * np.random.default_rng(1).standard_normal((2, 4, 50, 64)))
+    return want, want.astype("bfloat16").astype(float), lost
+
+
+def test_what_is_within_the_second_limit_alone_is_lossy_and_says_how_far(tensors):
+    want, plain, lost = tensors
+    judgement = judge("dq", lost, want, plain, "bfloat16", lossy=[lost])
+    assert judgement.verdict == "lossy"
+    assert judgement.faults == ()
+    (said,) = judgement.losses
+    assert f"dq is lossy, {judgement.strain:.2g} times its limit: rms 0.2 over 0.0" in said
+    assert judgement.strain > 10
+    assert judge("dq", lost, want, plain, "bfloat16").verdict == "disagree"
+    assert judge("dq", want + 3 * (lost - want), want, plain, "bfloat16", lossy=[lost]).faults
+
+
+def test_of_several_readings_the_largest_error_counts(tensors):
+    want, plain, _ = tensors
+    twice = want + 2 * (plain - want)
+    assert (
+        judge("dq", want + 4 * (plain - want), want, [want, twice], "bfloat16").verdict == "agree"
+    )
+    assert judge("dq", want + 8 * (plain - want), want, [want, twice], "bfloat16").faults
+
+
+@pytest.mark.parametrize("dtype", CEILING)
+def test_however_bad_the_yardstick_an_error_beyond_the_ceiling_is_no_agreement(tensors, dtype):
+    want, _, lost = tensors
+    judgement = judge("dq", lost, want, lost, dtype)
+    assert judgement.ceiling
+    assert judgement.verdict == "lossy"  # no farther off than plain attention, and yet
+    assert judgement.limits.rms == CEILING[dtype]
+    assert judge("dq", want, want, lost, dtype).verdict == "agree"
+    for wrong in (-want, 14 * want, want[..., ::-1]):  # where nothing is a yardstick any more
+        assert judge("dq", wrong, want, 50 * want, dtype, lossy=[50 * want]).verdict == "disagree"
+
+
+def test_one_row_beyond_the_ceiling_is_no_agreement(tensors):
+    want, plain, _ = tensors
+    got = want.copy()
+    got[0, 0, 0] *= 2
+    assert judge("dq", got, want, got, "bfloat16").verdict == "lossy"
+    assert judge("dq", got, want, plain, "bfloat16").verdict == "disagree"
+
+
+def test_a_rounded_lse_may_lose_digits_in_float32_not_the_scale(tensors):
+    """Twice the gradient, in one row of four hundred."""
+    want, _, _ = tensors
+    got = want.copy()
+    got[0, 0, 0] *= 2
+    assert judge("dq", got, want, want, "float32", lossy=[got]).verdict == "disagree"
+    got = want * (1 + 1e-4)
+    assert judge("dq", got, want, want, "float32", lossy=[got]).verdict == "lossy"
+
+
+def test_a_padded_row_is_not_the_measure_of_every_lse():
+    want = np.random.default_rng(0).standard_normal((2, 4, 50)) + 3
+    want[0, 0, 0] = np.finfo(np.float32).min
+    got = want.astype(np.float32).astype(float)
+    assert judge("lse", got, want, got, "float32").verdict == "agree"
+    got[1, 1, 1] += 1e-4
+    assert "(b 1, h 1, row 1)" in judge("lse", got, want, want, "float32").faults[0]
+
+
+def test_an_lse_near_zero_is_measured_in_ones():
+    want = np.full((1, 1, 20), 1e-4)
+    assert judge("lse", want + 1e-6, want, want, "float32").verdict == "agree"
+    assert judge("lse", want + 1e-4, want, want, "float32").faults
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-150, 1e150, 1e300])
+def test_size_alone_changes_no_judgement(tensors, scale):
+    want, plain, _ = tensors
+    expected = judge("dq", plain, want, plain, "bfloat16", uncancelled=1.0)
+    found = judge("dq", plain * scale, want * scale, plain * scale, "bfloat16", uncancelled=scale)
+    np.testing.assert_allclose(found.errors, expected.errors, rtol=1e-9)
+    wrong = judge("dq", 2 * want * scale, want * scale, plain * scale, "bfloat16")
+    assert "nan" not in wrong.faults[0]
+
+
+# The report
+
+
+@pytest.fixture
+def lossy(monkeypatch):
+    """A report in which torch's flash kernel is lossy."""
+
+    def report(strict):
+        return crosscheck(
+            ["jax:plain", "torch:sdpa-flash"], [hard.PEAKED], ["bfloat16"], strict=strict
+        )
+
+    return report
+
+
+def test_lossy_is_said_everywhere_and_counts_where_it_is_asked_to(lossy):
+    report, strict = lossy(False), lossy(True)
+    assert report.verdicts == {"jax:plain": "agree", "torch:sdpa-flash": "lossy"}
+    assert (report.agree, report.verdict, report.failures) == (True, "lossy", ())
+    assert (strict.agree, strict.verdict, strict.failures) == (False, "lossy", ())
+    (outcome,) = (o for o in report.outcomes if o.losses)
+    assert {loss.tensor for loss in outcome.losses} == {"dq", "dk"}
+
+    text = str(report)
+    factor = max(j.strain for j in outcome.judgements.values())
+    assert f"lossy ×{factor:.2g}" in text
+    assert "~ torch:sdpa-flash, peaked, bfloat16: dq is lossy" in text
+    assert "1 lossy, which --strict counts as disagreement: torch:sdpa-flash." in " ".join(
+        text.split()
+    )
+
+    written = json.loads(json.dumps(report.as_json()))
+    assert (written["verdict"], written["agree"], written["strict"]) == ("lossy", True, False)
+    assert {loss["tensor"] for loss in written["losses"]} == {"dq", "dk"}
+    (row,) = (row for row in written["table"] if row["verdict"] == "lossy")
+    assert row["factor"] == factor
+    assert row["worst"]["dq"]["verdict"] == "lossy"
+    assert row["worst"]["out"]["factor"] is None
+
+
+def test_a_ceiling_is_said():
+    report = crosscheck(["jax:plain"], [hard.hard("giant", giant_logits)], ["float32"])
+    assert report.agree
+    reached = {c.tensor for c in report.ceilings}
+    assert "out" in reached
+    assert "! giant, float32: out reaches the ceiling: plain attention itself is off by" in str(
+        report
+    )
+    assert {c["tensor"] for c in report.as_json()["ceilings"]} == reached
+
+
+def giant_logits(random):
+    """Of 1e6, in pairs that differ by 1: float32 tells tenths there."""
+    q, k = (1000 * x for x in (hard.normal(random)["q"], hard.normal(random)["k"]))
+    k[:, :, 1::2] = k[:, :, :-1:2] + 1e-3 * random.standard_normal(k[:, :, 1::2].shape)
+    return hard.normal(random, q=q, k=k)
+
+
+# What cannot be judged is said to be so, and blamed on nobody
+
+
+@pytest.mark.parametrize("empty", ["B", "Sq", "Sk"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"layout": "bshd"}], ids=str)
+def test_axes_without_length_are_judged(empty, options):
+    def make(random):
+        b, sq, sk = (0 if axis == empty else n for axis, n in (("B", 2), ("Sq", 5), ("Sk", 7)))
+        shapes = {"q": (b, 4, sq, 8), "k": (b, 2, sk, 8), "v": (b, 2, sk, 8)}
+        return {n: random.standard_normal(shape) for n, shape in shapes.items()}
+
+    report = crosscheck(OURS, [hard.hard("empty", make, **options)], ["float32"])
+    assert set(report.verdicts.values()) == {"agree"}, str(report)
+
+
+def near_the_end(largest, *names):
+    def make(random):
+        made = hard.normal(random)
+        return made | {n: made[n] * (largest / np.abs(made[n]).max()) for n in names}
+
+    return hard.hard("near-the-end", make)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_overflows_in_honest_arithmetic_is_asked_of_nobody(dtype):
+    report = crosscheck(["jax:plain", "jax:flash"], [near_the_end(3e38, "q")], [dtype])
+    assert report.verdict == "refused"
+    assert not report.failures
+    (reason, _) = report.refusals
+    assert f"out overflows in {dtype}, in honest arithmetic too" in reason.reason
+
+
+def test_numbers_near_the_end_are_judged_while_honest_arithmetic_holds_them():
+    case = near_the_end(6e4, "v")
+    report = crosscheck(["jax:plain", "torch:sdpa-math", "numpy:oracle"], [case], ["float16"])
+    assert set(report.verdicts.values()) == {"agree"}, str(report)
+
+
+def test_a_bias_of_minus_infinity_is_asked_and_a_finite_one_that_does_not_fit_is_not():
+    (case,) = (c for c in hard.HARD if c.name == "minus-infinite-bias")
+    for dtype in ("float32", "float16", "bfloat16"):
+        report = crosscheck(["jax:plain"], [case], [dtype])
+        assert report.verdict == "agree", str(report)
+    asked = Question.of(case, 0, "float32")
+    assert asked.hidden["out"][:, :, ::5].all()  # exactly 0 where nothing has weight
+    assert asked.hidden["dk"][:, :, -7:].all()
+    assert asked.poisoned is None  # but seen: the contract wants K and V finite there
+
+    finite = hard.hard("finite", hard.padded(np.finfo(np.float32).min, keys_too=False))
+    (outcome,) = crosscheck(["jax:plain"], [finite], ["bfloat16"]).outcomes
+    assert "beyond bfloat16" in outcome.reasons[0]
+
+
+# The judge shares nothing with what it judges
+
+
+def test_the_oracle_and_the_judge_import_no_rule_of_the_kernels():
+    """Problem says what is asked; everything else of heedful is on trial."""
+    allowed = {
+        oracle: {"heedful.problem"},
+        yardstick: {"heedful", "heedful.oracle"},
+        tolerance: set(),
+        question: {"heedful"},
+    }
+    names = {"Array", "Operands", "Problem", "Part", "add_over_broadcast", "parts", "oracle"}
+    for module, modules in allowed.items():
+        imported = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if is_import(n)]
+        assert {n.module for n in imported} == modules, module
+        assert {alias.name for n in imported for alias in n.names} <= names, module
+
+
+def is_import(node):
+    return isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "heedful"
+
+
+def test_a_fault_of_visibility_is_seen(monkeypatch):
+    """One that every kernel shares."""
+    right = heedful.plain.visible
+
+    def off_by_one(problem, operands, rows, columns):
+        return right(problem, operands, rows, columns + 1)
+
+    monkeypatch.setattr("heedful.plain.visible", off_by_one)
+    report = crosscheck(
+        ["jax:plain"], [hard.hard("window", hard.normal, window=(5, 3))], ["float32"]
+    )
+    assert report.verdict == "disagree"
+
+
+def test_a_fault_that_undoes_itself_on_the_way_back_is_seen(monkeypatch):
+    """The call's own rank and layout are read by the judge for itself."""
+    canonical, restore = Problem.canonical, Problem.restore
+
+    def flipped(self, q, k, v, **options):
+        return canonical(self, q[..., ::-1, :], k[..., ::-1, :], v[..., ::-1, :], **options)
+
+    def flipped_back(self, out, lse):
+        restored = restore(self, out, lse)
+        out, lse = restored if isinstance(restored, tuple) else (restored, None)
+        return (out[..., ::-1, :], lse[..., ::-1]) if lse is not None else out[..., ::-1, :]
+
+    monkeypatch.setattr(Problem, "canonical", flipped)
+    monkeypatch.setattr(Problem, "restore", flipped_back)
+    report = crosscheck(
+        ["jax:plain"], [hard.hard("flipped", hard.normal, causal=True)], ["float32"]
+    )
+    assert report.verdict == "disagree"
+
+
+@pytest.mark.parametrize(
+    "name", ["offset-each", "lengths-causal", "window-tall", "gqa-bshd", "tiny"]
+)
+def test_the_judge_reads_a_call_as_problem_does(name):
+    (case,) = select([name], generated())
+    asked = Question.of(case, 0, "float32")
+    x = asked.inputs
+    expected = asked.problem.canonical(x.q, x.k, x.v, **x.options)
+    for found, wanted in zip(asked.operands[:5], expected[:5], strict=True):
+        if wanted is None:
+            assert found is None
+        else:
+            np.testing.assert_array_equal(found, wanted)
+    for b in range(asked.problem.batch):
+        at = b, 0, slice(0, asked.problem.q_length)
+        seen = (oracle.sees(asked.problem, operands, at) for operands in (asked.operands, expected))
+        np.testing.assert_array_equal(*seen)
+
+
+# Memory
+
+
+def test_memory_is_said_beforehand_and_the_judge_takes_none_for_scores(capsys):
+    def of_length(n):
+        return hard.hard(
+            f"long-{n}", lambda random: {x: np.zeros((1, 8, n, 64), np.float32) for x in "qkv"}
+        )
+
+    short, long = memory_needed([of_length(4096), of_length(16384)], ["jax:plain", "jax:flash"])
+    assert long.judge < 4 * short.judge + 1
+    assert short.judge / (8 * 4096**2) < 4  # bytes a score; it was 61
+    assert long.backends.keys() == {"jax:plain"}
+    assert long.backends["jax:plain"] == 16 * short.backends["jax:plain"]
+    assert "8 × 16384 × 16384 scores take up to" in str(long)
+
+
+def test_the_oracle_takes_any_number_of_scores_at_once(monkeypatch):
+    (case,) = select(["softcap-bias"], generated())
+    asked = Question.of(case, 0, "float32")
+    whole = asked.answers(True)
+    monkeypatch.setattr(oracle, "SCORES_AT_ONCE", 1000)  # seven queries
+    parts = Question.of(case, 0, "float32").answers(True)
+    for name, x in whole.right.items():
+        np.testing.assert_allclose(parts.right[name], x, rtol=1e-11, atol=1e-12)
+    for some, all_at_once in zip(parts.best, whole.best, strict=True):
+        for name, x in all_at_once.items():
+            np.testing.assert_allclose(some[name], x, rtol=1e-4, atol=1e-5)
