@@ -218,9 +218,7 @@ def test_lse_cotangents_of_any_size_survive_half_precision(dtype, size):
     dlse = size * (1 + torch.rand(1000, dtype=torch.float64)).float().reshape(1, 1, 1000)
     dlse[..., ::2] *= -1
     zeros = torch.zeros(1, 1, 1000, 8, dtype=dtype)
-    dout, _, _, _, out = sdpa._with_lse_cotangent(
-        sdpa_flash.CUDA, dlse, zeros, zeros, zeros, zeros, zeros
-    )
+    dout, out = sdpa._with_lse_cotangent(dlse, zeros, zeros, 16)
     delta = (dout.float() * out.float()).sum(-1)
     np.testing.assert_allclose(delta.numpy(), -dlse.numpy(), rtol=3e-7)
 
@@ -310,6 +308,23 @@ def test_the_scores_are_rounded_alike_forward_and_backward():
     torch.testing.assert_close(dv.sum(2), torch.ones_like(dv[:, :, 0]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("Sq", [1, 3, 40, 200])
+@pytest.mark.parametrize("Sk", [1, 7, 600])
+def test_they_sum_to_one_whatever_the_sizes_of_the_kernels_products(Sq, Sk):
+    # Logits of hundreds beside a bias of 1e4: products that add up in another order round otherwise.
+    q, k, v = qkv(B=1, Sq=Sq, Sk=Sk, D=64, Dv=64)
+    bias = bias_of(1e4, rows=slice(0, None, 2), shape=(1, 4, Sq, 1)).requires_grad_()
+    out, lse = heedful.attention(
+        60 * q, k, v, bias=bias, return_lse=True, backend="torch:sdpa-flash"
+    )
+    dout = normal(*out.shape, seed=3)
+    (dv,) = torch.autograd.grad(out, v, dout, retain_graph=True)
+    summed = dout.unflatten(1, (2, 2)).sum((2, 3))
+    torch.testing.assert_close(dv.sum(2), summed, rtol=0, atol=2e-5)
+    (dv,) = torch.autograd.grad((out, lse), v, (dout, torch.ones_like(lse)))
+    torch.testing.assert_close(dv.sum(2), summed, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("size", [-1e5, -1e7, -1e9, 1e9, -3e38])
 def test_beside_a_bias_that_rounds_the_scores_they_sum_to_one(size):
     # What is left of q·k is anybody's guess; that each row of P sums to 1 is not.
@@ -365,20 +380,22 @@ def test_the_efficient_kernel_is_given_no_mask_that_overflows_to_base_2(monkeypa
 
 def test_what_a_row_of_them_sums_to_is_asked_only_where_it_is_large(monkeypatch):
     asked = []
-    monkeypatch.setattr(row_sums, "_sums_of", lambda *tile: asked.append(tile[-1]) or tile[-1])
+    monkeypatch.setattr(
+        row_sums, "_sums_of", lambda *tile: asked.append(tile[3]) or tile[-1][tile[3]]
+    )
     q, k, _ = qkv(Sq=40)
     lse = torch.full((2, 4, 40), 15.9)
-    lse[1, 2, ::3], lse[0, 0, 0], lse[0, 0, 1] = -17.0, torch.inf, torch.nan
-    sums = row_sums.row_sums(q, k, None, None, 1.0, lse)
-    assert (sums[1, 2, ::3] == -17).all()
-    assert (sums == 1).sum() == 2 * 4 * 40 - 14
-    assert [len(x) for x in asked] == [14]
+    lse[1, 2, :32:3], lse[0, 0, 0], lse[0, 0, 1] = -17.0, torch.inf, torch.nan
+    sums = row_sums.row_sums(q, k, None, None, 1.0, lse, False)
+    assert (sums[1, 2, :32:3] == -17).all()
+    assert (sums == 1).sum() == 2 * 4 * 40 - 11
+    assert asked == [slice(0, 32)]
 
 
 def test_the_operator_of_the_sums_is_well_formed():
     q, k, _ = (x.detach() for x in qkv())
     lse = torch.full((2, 4, 6), 20.0)
-    arguments = (q, k, normal(1, 1, 6, 9), 3, 1.0, lse)
+    arguments = (q, k, normal(1, 1, 6, 9), 3, 1.0, lse, True)
     torch.library.opcheck(torch.ops.heedful.row_sums, arguments)
 
 

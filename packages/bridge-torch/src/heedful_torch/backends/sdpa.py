@@ -389,10 +389,12 @@ def _fused_backward(
         diagonal = None
         if causal:
             diagonal = k.shape[2] - q.shape[2] if kernel.flag == "lower right" else 0
-        sums = row_sums(q, k, mask, diagonal, scale, lse)
+        if dlse is not None:
+            q, k, v = _with_lse_columns(kernel, q, k, v)
+        sums = row_sums(q, k, mask, diagonal, scale, lse, widened=dlse is not None)
         dout = (dout / sums.unsqueeze(-1)).to(out.dtype)
         if dlse is not None:
-            dout, q, k, v, out = _with_lse_cotangent(kernel, dlse / sums, dout, q, k, v, out)
+            dout, out = _with_lse_cotangent(dlse / sums, dout, out, v.shape[-1])
         dout, out = _laid_out(dout, kernel.alignment), _laid_out(out, kernel.alignment)
         dq, dk, dv, of_kernel = kernel.backward(
             dout, q, k, v, mask, causal, scale, out, lse, kept, mask_wanted
@@ -441,10 +443,20 @@ def _unfolded(
 LSE_COLUMNS = 3  # of 8 bits each in bfloat16: together they hold a float32
 
 
+def _with_lse_columns(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v for a backward kernel, with room for `_with_lse_cotangent` in v, and so in dO and O."""
+    count = 1 if q.dtype in (torch.float32, torch.float64) else LSE_COLUMNS
+    value_head = kernel.padded(v.shape[-1] + count)
+    head = value_head if kernel.equal_head_sizes else q.shape[-1]
+    return _pad_head(q, head), _pad_head(k, head), _pad_head(v, value_head)
+
+
 def _with_lse_cotangent(
-    kernel: Kernel, dlse: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dout, q, k, v, out for a backward kernel, such that it honours the cotangent of the LSE.
+    dlse: Tensor, dout: Tensor, out: Tensor, value_head: int
+) -> tuple[Tensor, Tensor]:
+    """dout, out for a backward kernel, such that it honours the cotangent of the LSE.
 
     With P the probabilities, the gradient of the scores is dS = P ∘ (dO Vᵀ − δ + dlse), where
     δ = rowsum(dO ∘ O), the D of Dao et al. 2022, Algorithm 4. The kernels know no dlse, but they
@@ -465,13 +477,8 @@ def _with_lse_cotangent(
         rest = rest - columns[-1]
     factors = factor.to(out.dtype).unsqueeze(-1).expand(*factor.shape, count)
 
-    value_head = kernel.padded(v.shape[-1] + count)
-    head = value_head if kernel.equal_head_sizes else q.shape[-1]
     return (
         _pad_head(torch.cat([dout, factors], -1), value_head),
-        _pad_head(q, head),
-        _pad_head(k, head),
-        _pad_head(v, value_head),
         _pad_head(torch.cat([out, torch.stack(columns, -1)], -1), value_head),
     )
 
