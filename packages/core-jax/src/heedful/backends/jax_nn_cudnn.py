@@ -20,6 +20,9 @@ class CudnnBackend:
     memory is linear then. With a bias or a mask, a window, or any other alignment, all that hides keys
     reaches it as one bias of (B, Hq, Sq, Sk) in q's dtype, materialised: jax.nn turns a mask into a
     bias of large negative numbers, and which broadcast biases have a gradient differs between versions.
+
+    Its backward pass makes the probabilities of an LSE in float32: beside a bias of -1e9 at every key of
+    a row they need not sum to 1. Hide keys by `mask`, not by a bias.
     """
 
     name = "jax:nn-cudnn"
