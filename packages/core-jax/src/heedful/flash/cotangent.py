@@ -16,6 +16,8 @@ from heedful.flash.scores import (
     scores,
     seen_in_tile,
     seen_keys,
+    turn,
+    turned_queries_of,
     unfold_keys,
     unfold_queries,
     weigh,
@@ -71,6 +73,7 @@ def cotangent(
         arrays: tuple[Operands, Array, tuple[Array, Array, Array]], d_bias: tuple[Array, ...]
     ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
         operands, d_out, of_rows = arrays
+        turned = tuple(turn(problem, widen(problem, x)) for x in (operands.q, d_out))
 
         def key_tile(carry: Any, j: Array) -> tuple[Any, tuple[Array, Array]]:
             k = widen(problem, keys_of(problem, tiles, operands.k, j))
@@ -80,13 +83,15 @@ def cotangent(
                 dq, d_bias, dk, dv = carry
                 q = widen(problem, queries_of(problem, tiles, operands.q, i))
                 do = widen(problem, queries_of(problem, tiles, d_out, i))
+                q_turned, do_turned = (turned_queries_of(problem, tiles, x, i) for x in turned)
                 m, inverse, delta = (queries_of(problem, tiles, x, i)[..., None] for x in of_rows)
                 see = seen_in_tile(problem, tiles, operands, i, j) if masked else None
                 seen = seen_keys(problem, tiles, see)
+                seen_turned = None if seen is None else seen.swapaxes(1, 2)
                 seen_k, seen_v = clean(k, seen), clean(v, seen)
-                s, slope = scores(problem, tiles, operands, q, seen_k, i, j, see)
+                s, slope, _ = scores(problem, tiles, operands, q, seen_k, i, j, see)
                 p = jnp.exp(s - m) * inverse  # line 13
-                dv = dv + clean(gather(problem, p, do), seen)  # line 16
+                dv = dv + clean(gather(p, do_turned), seen_turned)  # line 16
                 dp = query_key(do, seen_v)  # line 17
                 ds = p * (dp - delta)  # lines 19 and 20
                 if d_bias:
@@ -98,14 +103,16 @@ def cotangent(
                 rows = unfold_queries(problem, tiles, weigh(ds, seen_k))  # line 21
                 rows = cut(dq, 2, begin, tiles.queries) + rows
                 dq = lax.dynamic_update_slice_in_dim(dq, rows, begin, 2)
-                dk = dk + clean(gather(problem, ds, q), seen)  # line 22
+                dk = dk + clean(gather(ds, q_turned), seen_turned)  # line 22
                 return dq, d_bias, dk, dv
 
-            dk, dv = jnp.zeros(k.shape, accumulator), jnp.zeros(v.shape, accumulator)
+            # Turned, as `gather` makes them: (b·h, D, keys).
+            dk, dv = (jnp.zeros(x.swapaxes(1, 2).shape, accumulator) for x in (k, v))
             seen = queries_seen(problem, operands, tiles, start(j, problem.kv_length, tiles.keys))
             every = query_tiles if every_tile else None
             dq, d_bias, dk, dv = visit(seen, step, (*carry, dk, dv), every=every)
-            return (dq, d_bias), (unfold_keys(tiles, dk), unfold_keys(tiles, dv))
+            dk, dv = (unfold_keys(tiles, x.swapaxes(1, 2)) for x in (dk, dv))
+            return (dq, d_bias), (dk, dv)
 
         carry = jnp.zeros(operands.q.shape, accumulator), d_bias
         (dq, d_bias), (dk, dv) = lax.scan(key_tile, carry, count_up(key_tiles))

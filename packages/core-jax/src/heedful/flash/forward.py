@@ -66,8 +66,8 @@ def forward(problem: Problem, operands: Operands, *, tiles: Tiles | None = None)
                 k = widen(problem, keys_of(problem, tiles, operands.k, j))  # Alg. 1, line 6
                 v = widen(problem, keys_of(problem, tiles, operands.v, j))
                 see = seen_in_tile(problem, tiles, operands, i, j) if masked else None
-                s, _ = scores(problem, tiles, operands, q, k, i, j, see)  # line 9
-                m_new = jnp.maximum(m, s.max(axis=-1))  # lines 10 and 11
+                s, _, highest = scores(problem, tiles, operands, q, k, i, j, see)  # line 9
+                m_new = jnp.maximum(m, highest)  # lines 10 and 11
                 p = jnp.exp(s - m_new[..., None])
                 shrink = jnp.exp(m - m_new)
                 l_new = shrink * l + p.sum(axis=-1)

@@ -6,6 +6,11 @@ of queries (b·h, g·queries, D), the g query heads that share a key head below 
 batch of matrices.
 """
 
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -19,6 +24,22 @@ def queries_of(problem: Problem, tiles: Tiles, x: Array, index: Array) -> Array:
     x = cut(x, 2, start(index, problem.q_length, tiles.queries), tiles.queries)
     heads = x.shape[0] * x.shape[1] // problem.group
     return x.reshape(heads, problem.group * tiles.queries, *x.shape[3:])
+
+
+def turn(problem: Problem, x: Array) -> Array:
+    """(b, h·g, Sq, D) → (b·h, D, g, Sq), whose tiles `gather` takes.
+
+    Kept apart, or XLA folds the turn into the product, which on a CPU then takes twice the time, and
+    of bfloat16 fails.
+    """
+    x = x.reshape(-1, problem.group, *x.shape[2:])
+    return lax.optimization_barrier(x.transpose(0, 3, 1, 2))
+
+
+def turned_queries_of(problem: Problem, tiles: Tiles, x: Array, index: Array) -> Array:
+    """Query tile `index` of what was turned, folded: (b·h, D, g·queries)."""
+    x = cut(x, 3, start(index, problem.q_length, tiles.queries), tiles.queries)
+    return x.reshape(*x.shape[:2], problem.group * tiles.queries)
 
 
 def keys_of(problem: Problem, tiles: Tiles, x: Array, index: Array) -> Array:
@@ -56,11 +77,29 @@ def add_tile(
 
 
 def widen(problem: Problem, x: Array) -> Array:
-    """A tile as products take it: on a CPU in the accumulator's dtype, elsewhere as it is.
+    """A tile as products take it: as it is, where the machine has a product of its dtype.
 
-    XLA's own half-precision product on a CPU is several times slower than the float32 one.
+    A CPU has none of float16, and of bfloat16 only some have one: XLA's own emulation of it is several
+    times slower than the float32 product.
     """
-    return x.astype(problem.accumulator) if problem.platform == "cpu" else x
+    native = problem.platform != "cpu" or (problem.dtype == "bfloat16" and multiplies_bfloat16())
+    return x if native else x.astype(problem.accumulator)
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this process's CPU product of bfloat16 is faster than that of float32.
+
+    It is with AVX512-BF16 or AMX, unless XLA is told to leave its library of kernels (YNN) alone.
+    """
+    left_alone = (
+        "--xla_cpu_experimental_ynn_fusion_type=" in os.environ.get("XLA_FLAGS", "").split()
+    )
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # no Linux: nobody has measured it there
+        return False
+    return not left_alone and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def seen_in_tile(
@@ -93,6 +132,20 @@ def seen_keys(problem: Problem, tiles: Tiles, see: Array | None) -> Array | None
     return seen.reshape(-1, tiles.keys, 1)
 
 
+class Tile(NamedTuple):
+    """A tile of scores, (n, queries, keys).
+
+    Attributes:
+        scores: scaled, capped, biased, −inf where nothing is seen.
+        slope: the derivative of the capped score by the uncapped one; None without softcap.
+        highest: the largest score of each query, (n, queries).
+    """
+
+    scores: Array
+    slope: Array | None
+    highest: Array
+
+
 def scores(
     problem: Problem,
     tiles: Tiles,
@@ -102,10 +155,8 @@ def scores(
     i: Array,
     j: Array,
     see: Array | None,
-) -> tuple[Array, Array | None]:
-    """The scores of query tile i against key tile j, −inf where nothing is seen, and their slope.
-
-    The slope is the derivative of the capped score by the uncapped one; None without softcap.
+) -> Tile:
+    """The scores of query tile i against key tile j.
 
     Args:
         q, k: the tiles, cut and widened; in a function that is differentiated, clean too.
@@ -113,10 +164,13 @@ def scores(
         i, j: the tiles' indices.
         see: what is seen, of `seen_in_tile`; None: all.
     """
-    if q.dtype == problem.accumulator:
-        s = query_key(q * problem.scale, k)  # one pass less over the tile than to scale the scores
+    if widened := q.dtype == problem.accumulator:
+        product = s = query_key(
+            q * problem.scale, k
+        )  # one pass less over the tile than to scale it
     else:
-        s = query_key(q, k) * problem.scale
+        product = query_key(q, k)  # to scale a bfloat16 q would round it
+        s = product * problem.scale
     slope = None
     if problem.softcap is not None:
         ratio = jnp.tanh(s / problem.softcap)
@@ -127,7 +181,13 @@ def scores(
         s = s + cut_scores(problem, tiles, operands.bias, i, j).astype(s.dtype)
     if see is not None:
         s = jnp.where(see, s, -jnp.inf)
-    return s.reshape(folded), slope
+    s = s.reshape(folded)
+    if slope is None and operands.bias is None and see is None and problem.scale > 0:
+        # The same number, since rounding keeps order, for one pass less over the tile.
+        highest = product.max(axis=-1) * (1 if widened else problem.scale)
+    else:
+        highest = s.max(axis=-1)
+    return Tile(s, slope, highest)
 
 
 def clean(x: Array, seen: Array | None) -> Array:
@@ -149,18 +209,23 @@ def weigh(p: Array, v: Array) -> Array:
     return _product(p.astype(v.dtype), v, contract=(2, 1))
 
 
-def gather(problem: Problem, p: Array, x: Array) -> Array:
-    """pᵀ x: (n, queries, keys), (n, queries, D) → (n, keys, D)."""
-    p = p.astype(x.dtype)
-    if problem.platform != "cpu":
-        return _product(p, x, contract=(1, 1))
-    # XLA would fold the transpose into the product, which on a CPU then takes twice the time.
-    return _product(lax.optimization_barrier(p.swapaxes(1, 2)), x, contract=(2, 1))
+def gather(p: Array, x: Array) -> Array:
+    """xᵀ p: (n, queries, keys), (n, D, queries) → (n, D, keys), which is pᵀ x turned.
+
+    Of the three ways to say it this one turns what is smallest, and that beforehand: a CPU's product
+    that has to turn p first takes two to six times as long.
+    """
+    return _product(x, p.astype(x.dtype), contract=(2, 1))
 
 
 def _product(a: Array, b: Array, *, contract: tuple[int, int]) -> Array:
     """A batch of products that accumulate in float32, or float64 for float64."""
-    return lax.dot_general(
+    half = a.dtype == jnp.bfloat16
+    if (
+        half
+    ):  # XLA's CPU compiler fails on some that it has merged with a turn of what goes in or out
+        a, b = lax.optimization_barrier((a, b))
+    result = lax.dot_general(
         a,
         b,
         (((contract[0],), (contract[1],)), ((0,), (0,))),
@@ -168,3 +233,4 @@ def _product(a: Array, b: Array, *, contract: tuple[int, int]) -> Array:
         precision=lax.Precision.HIGHEST,
         preferred_element_type=a.dtype if a.dtype == jnp.float64 else jnp.float32,
     )
+    return lax.optimization_barrier(result) if half else result

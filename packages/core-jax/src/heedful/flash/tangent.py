@@ -79,7 +79,7 @@ def tangent(
                 see = seen_in_tile(problem, tiles, operands, i, j) if masked else None
                 seen = seen_keys(problem, tiles, see)
                 k, v, dk, dv = (clean(x, seen) for x in (k, v, dk, dv))
-                s, slope = scores(problem, tiles, operands, q, k, i, j, see)
+                s, slope, _ = scores(problem, tiles, operands, q, k, i, j, see)
                 e = jnp.exp(s - m[..., None])
                 s_dot = (query_key(dq, k) + query_key(q, dk)) * problem.scale
                 if slope is not None:

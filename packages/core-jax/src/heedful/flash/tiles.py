@@ -23,6 +23,7 @@ from heedful.visibility import q_offset
 TILE_BYTES = 2 * 2**20
 TILE_QUERIES = 512
 TILE_KEYS = 512
+FEWEST_QUERIES = 16  # of a tile, however many heads share a key head
 
 
 class Tiles(NamedTuple):
@@ -37,7 +38,9 @@ class Tiles(NamedTuple):
 def tile_sizes(problem: Problem) -> Tiles:
     """Tiles of about TILE_BYTES, that cut each axis into parts as equal as can be."""
     scores = TILE_BYTES // jnp.dtype(problem.accumulator).itemsize
-    queries = _even(problem.q_length, TILE_QUERIES)
+    # The query heads of a group stand below one another in a tile, so they count as queries.
+    shared = max(scores // (problem.group * TILE_KEYS), FEWEST_QUERIES)
+    queries = _even(problem.q_length, min(TILE_QUERIES, shared))
     keys = _even(problem.kv_length, TILE_KEYS)
     heads = max(scores // (problem.group * queries * keys), 1)
     if heads < problem.kv_heads:
