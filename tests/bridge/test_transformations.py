@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 import heedful
 
@@ -188,6 +189,65 @@ def test_every_transformation_is_right_or_refused(backend, transformation):
         else {"rtol": 1e-4, "atol": 1e-4}
     )
     torch.testing.assert_close(transform(call, *args), expected, **exact)
+
+
+# Options under a map: which of them are mapped, and what they are shared by
+
+MAPS = {  # bias, other options, what is mapped
+    "keys alone": ((2, 3), {}, ("k", "v")),
+    "a shared bias": ((1, 4, 1, 3), {"causal": True}, ("q",)),
+    "a bias a row": ((2, 1, 2, 1), {}, ("q", "v")),
+    "a bias for each": ((1, 1, 1, 1), {"causal": True}, ("bias",)),
+    "a mask for each": ((2, 3), {"mask": (2, 1, 1, 3)}, ("mask",)),
+    "lengths for each": ((2, 1, 2, 3), {"mask": (1, 4, 2, 3)}, ("kv_lengths", "q")),
+}
+
+
+@pytest.mark.parametrize(("bias", "options", "mapped"), MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("backend", ["torch:sdpa-flash", "torch:sdpa-math", "numpy:oracle"])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_a_map_is_a_loop(backend, bias, options, mapped, dim):
+    arrays = dict(zip("qkv", qkv("", 2), strict=True)) | {"bias": normal(*bias, seed=7)}
+    if "mask" in options:
+        arrays["mask"] = normal(*options["mask"], seed=8) > -0.5
+    if "kv_lengths" in mapped:
+        arrays["kv_lengths"] = torch.tensor([3, 2])
+    static = {"causal": options.get("causal", False), "backend": backend}
+
+    def gradients(*tensors):
+        def loss(q, k, v, bias, *rest):
+            named = dict(zip(list(arrays)[3:], (bias, *rest), strict=True))
+            out = heedful.attention(q, k, v, **named, **static)
+            return out.sin().sum(), out
+
+        return grad(loss, (0, 1, 2, 3), has_aux=True)(*tensors)
+
+    def others(x, i):
+        if x.dtype == torch.bool:
+            return x.roll(i, -1)
+        return x - i if not x.is_floating_point() else (1 - 0.7 * i) * x
+
+    members = [
+        [others(x, i) if name in mapped else x for name, x in arrays.items()] for i in range(3)
+    ]
+    in_dims = tuple(dim if name in mapped else None for name in arrays)
+    together = [
+        xs[0] if where is None else torch.stack(xs, where)
+        for xs, where in zip(zip(*members, strict=True), in_dims, strict=True)
+    ]
+    got = vmap(gradients, in_dims)(*together)
+    expected = tree_map(lambda *xs: torch.stack(xs), *(gradients(*member) for member in members))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_gradient_penalty_of_a_batched_backward_is_refused_too():
+    q, k, v = (x.requires_grad_() for x in qkv("", 2))
+    out = heedful.attention(q, k, v, backend="torch:sdpa-flash")
+    (dq,) = torch.autograd.grad(
+        out, q, normal(3, *out.shape), is_grads_batched=True, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match=NO_SECOND):
+        dq.square().sum().backward()
 
 
 # Tensors without data
