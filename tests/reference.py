@@ -63,8 +63,11 @@ def _canonical(
     _, kv_heads, kv_length, value_dim = v.shape
     scores = (batch, q_heads, q_length, kv_length)
     scale = head_dim**-0.5 if scale is None else scale
-    q_lengths = np.full(batch, q_length) if q_lengths is None else np.reshape(q_lengths, batch)
-    kv_lengths = np.full(batch, kv_length) if kv_lengths is None else np.reshape(kv_lengths, batch)
+    rows = tuple(lead) or (1,)
+    q_lengths, kv_lengths = (
+        np.broadcast_to(length if given is None else given, rows).reshape(batch)
+        for given, length in ((q_lengths, q_length), (kv_lengths, kv_length))
+    )
     if q_offset is None:
         q_offset = 0 if isinstance(causal, str) else kv_lengths.astype(int) - q_lengths
     q_offset = np.broadcast_to(q_offset, batch)

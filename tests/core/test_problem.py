@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from textwrap import dedent
 
 import jax
@@ -20,6 +21,10 @@ def zeros(*shape, dtype="float32"):
 
 Q, K, V = zeros(2, 4, 5, 8), zeros(2, 2, 7, 8), zeros(2, 2, 7, 16)
 TRUE = np.ones((2, 4, 5, 7), bool)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", PendingDeprecationWarning)  # which is why it is refused
+    MATRIX = np.asmatrix(zeros(3, 8))
 
 # What is changed in the good call attention(Q, K, V), which error comes, and its message.
 WRONG = {
@@ -56,6 +61,12 @@ WRONG = {
         {"q": [[1.0, 2.0]]},
         TypeError,
         "q must be a JAX array, a NumPy array or a torch tensor. Got list. Convert it first, for "
+        "example with numpy.asarray.",
+    ),
+    "matrix": (
+        dict.fromkeys("qkv", MATRIX),
+        TypeError,
+        "q must be a JAX array, a NumPy array or a torch tensor. Got matrix. Convert it first, for "
         "example with numpy.asarray.",
     ),
     "list as mask": (
@@ -187,6 +198,21 @@ WRONG = {
         "mask must be broadcastable to (B, Hq, Sq, Sk) = (2, 4, 5, 7), or be (B, Sk) = (2, 7). "
         "Got (2, 3, 5, 7). Each axis is full or 1.",
     ),
+    "bias beside several batch axes": (
+        {
+            **dict.fromkeys("qkv", zeros(2, 3, 4, 5, 8)),
+            "bias": zeros(2, 2, 4, 5, 5),
+        },
+        ValueError,
+        "bias must be broadcastable to (B1, B2, Hq, Sq, Sk) = (2, 3, 4, 5, 5). Got (2, 2, 4, 5, 5). "
+        "Each axis is full or 1.",
+    ),
+    "too many axes": (
+        dict.fromkeys("qkv", jnp.zeros((1,) * 62 + (2, 3, 8))),
+        ValueError,
+        "q, k and v may have 64 axes, as many as NumPy's arrays. Got 65. Join the leading ones by "
+        "reshape: all are batch.",
+    ),
     "mask of too high a rank": (
         {"mask": TRUE[None]},
         ValueError,
@@ -216,6 +242,12 @@ WRONG = {
         ValueError,
         "q_lengths must have one length for each batch row, shape (B,) = (2,). Got (3,). Pass one "
         "number for each sequence of the batch.",
+    ),
+    "lengths beside several batch axes": (
+        {**dict.fromkeys("qkv", zeros(2, 3, 4, 5, 8)), "kv_lengths": np.array([5, 5])},
+        ValueError,
+        "kv_lengths must have one length for each batch row, shape (B1, B2) = (2, 3), each axis full or "
+        "1. Got (2,). Pass one number for each sequence of the batch.",
     ),
     "negative length": (
         {"kv_lengths": np.array([-1, 7])},
@@ -259,6 +291,18 @@ WRONG = {
         ValueError,
         "window must hold integers of at least 0, or None. Got (1.5, 0). An open side is None here, "
         "not -1.",
+    ),
+    "q_offset without a use for it": (
+        {"q_offset": 3},
+        ValueError,
+        "q_offset places the queries for causal and window, and this call has neither. Got 3. Leave it "
+        "out, or pass causal= or window= too: no option is ignored.",
+    ),
+    "q_offset beside a window that is open": (
+        {"q_offset": np.array([3, 2]), "window": (None, None)},
+        ValueError,
+        "q_offset places the queries for causal and window, and this call has neither. Got an array. "
+        "Leave it out, or pass causal= or window= too: no option is ignored.",
     ),
     "q_offset": (
         {"causal": True, "q_offset": 1.5},
@@ -306,6 +350,22 @@ WRONG = {
         ValueError,
         "scale must be finite, in float32 too. Got nan. For the default, D**-0.5, pass None.",
     ),
+    "scale beyond float32": (
+        {"scale": -1e39},
+        ValueError,
+        "scale must be finite, in float32 too. Got -1e+39. For the default, D**-0.5, pass None.",
+    ),
+    "scale beyond float64": (
+        {"scale": 10**400},
+        ValueError,
+        f"scale must be finite, in float32 too. Got 1{'0' * 99}…. For the default, D**-0.5, pass None.",
+    ),
+    "scale that float32 takes for 0": (
+        {"scale": 1e-46},
+        ValueError,
+        "scale must be 0, or at least 1.2e-38, the smallest normal float32. Got 1e-46. Scale q, or pass "
+        "0.",
+    ),
     "softcap of the wrong kind": (
         {"softcap": True},
         TypeError,
@@ -315,6 +375,36 @@ WRONG = {
         {"softcap": 0},
         ValueError,
         "softcap must be positive and finite. Got 0. For no softcap pass None.",
+    ),
+    "softcap beyond float32": (
+        {"softcap": 1e39},
+        ValueError,
+        "softcap must lie between 9.9e-32 and 1e+31, so that float32 can divide by it. Got 1e+39. For "
+        "no softcap pass None.",
+    ),
+    "softcap that float32 takes for 0": (
+        {"softcap": 1e-46},
+        ValueError,
+        "softcap must lie between 9.9e-32 and 1e+31, so that float32 can divide by it. Got 1e-46. For "
+        "no softcap pass None.",
+    ),
+    "softcap beyond float64": (
+        {"softcap": 10**5000},
+        ValueError,
+        "softcap must be positive and finite. Got an integer of thousands of digits. For no softcap "
+        "pass None.",
+    ),
+    "window beyond what Python writes": (
+        {"window": (-(10**5000), 0)},
+        ValueError,
+        "window must hold integers of at least 0, or None. Got an integer of thousands of digits. An "
+        "open side is None here, not -1.",
+    ),
+    "q_offset beyond what Python writes": (
+        {"causal": True, "q_offset": 10**5000},
+        ValueError,
+        "q_offset must lie between -2**29 and 2**29. Got an integer of thousands of digits. It counts "
+        "keys: it is the place of the first query among them.",
     ),
     "return_lse": (
         {"return_lse": 1},
@@ -360,6 +450,72 @@ def test_arrays_on_two_devices_are_refused():
     )
 
 
+def test_a_jax_array_without_memory_is_refused():
+    q, k = jnp.ones((3, 8)), jnp.ones((3, 8))
+    k.delete()
+    for call in (heedful.attention, heedful.explain):
+        with pytest.raises(ValueError, match=r"^k is a JAX array whose memory was given back"):
+            call(q, k, q)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "jax", "torch"])
+def test_leading_axes_broadcast_one_by_one(framework):
+    """A pair bias and a mask of each row of an alignment, as in AlphaFold's triangle attention."""
+    if framework == "torch":
+        torch = pytest.importorskip("torch", reason="core is tested without torch too")
+    array = {"numpy": np.asarray, "jax": jnp.asarray}.get(framework) or torch.tensor
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, 3, 2, 5, 8), np.float32)
+    given = {
+        "mask": rng.random((2, 3, 1, 1, 5)) < 0.7,
+        "bias": rng.standard_normal((2, 1, 2, 5, 5), np.float32),
+        "q_lengths": np.array([[5], [3]]),
+        "kv_lengths": np.array([5, 4, 2]),
+        "q_offset": np.array([[0, 1, 2]]),
+    }
+    shapes = [(2, 3, 1, 1, 5), (2, 3, 2, 5, 5), (2, 3), (2, 3), (2, 3)]
+    whole = {
+        n: np.broadcast_to(x, shape) for (n, x), shape in zip(given.items(), shapes, strict=True)
+    }
+    backend = "torch:sdpa-math" if framework == "torch" else "jax:plain"
+    got, expected = (
+        heedful.attention(
+            *[array(q)] * 3,
+            causal=True,
+            backend=backend,
+            **{n: array(np.array(x)) for n, x in options.items()},
+        )
+        for options in (given, whole)
+    )
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+def test_a_bias_of_some_leading_axes_gets_its_gradient_in_its_own_shape():
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, 3, 2, 5, 8), np.float32))
+    weight = jnp.asarray(rng.standard_normal(q.shape, np.float32))
+
+    def loss(bias):
+        return (weight * heedful.attention(q, q, q, bias=bias, backend="jax:plain")).sum()
+
+    bias = jnp.asarray(rng.standard_normal((2, 1, 2, 5, 5), np.float32))
+    gradient = jax.grad(loss)(bias)
+    whole = jax.grad(loss)(jnp.broadcast_to(bias, (2, 3, 2, 5, 5)))
+    np.testing.assert_allclose(gradient, whole.sum(1, keepdims=True), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [1e-31, 1e-20, 1e20, 1e31])
+@pytest.mark.parametrize("backend", ["jax:plain", "jax:flash"])
+def test_a_softcap_within_its_bounds_is_honoured(softcap, backend):
+    q = np.random.default_rng(0).standard_normal((3, 5, 8), np.float32)
+    got, expected = (
+        heedful.attention(q, q, q, softcap=softcap, return_lse=True, backend=name)
+        for name in (backend, "numpy:oracle")
+    )
+    for x, truth in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, truth, atol=1e-6)
+
+
 def test_wrong_lengths_are_found_in_a_trace_too_where_they_are_known():
     lengths = jnp.array([7, 8])
     with pytest.raises(ValueError, match=r"between 0 and Sk = 7\. Got 8"):
@@ -381,7 +537,6 @@ def test_equal_calls_make_equal_problems():
     ("said", "meant"),
     [
         ({"window": (None, None)}, {}),
-        ({"q_offset": 3}, {}),  # neither causal nor a window asks for positions
         ({"causal": "top_left", "q_offset": 1}, {"causal": True, "q_offset": 1}),
         ({"scale": None}, {"scale": 8**-0.5}),
         ({"mask": TRUE[:, :1, :1]}, {"mask": TRUE[:, 0, 0]}),  # (B, Sk)

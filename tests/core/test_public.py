@@ -138,6 +138,8 @@ def test_the_pairs_always_return_the_lse():
         assert len(attend(q, q, q)) == 2
         with pytest.raises(TypeError, match=r"always return \(out, lse\): leave return_lse out"):
             attend(q, q, q, return_lse=True)
+        with pytest.raises(TypeError, match=r"takes no backend=\. Got 'jax:plain'\. To choose one"):
+            attend(q, q, q, backend="jax:plain")
 
 
 def test_sanity_check():

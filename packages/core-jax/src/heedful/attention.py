@@ -30,7 +30,8 @@ def attention(
         backend: a name such as "jax:flash", which runs or raises; a list of names, of which the first
             able one runs; or None: the innermost `use_backend`, else the environment variable
             HEEDFUL_BACKEND, else the automatic choice.
-        mask: boolean, True = visible, broadcastable to (B, Hq, Sq, Sk), or (B, Sk) for keys alone.
+        mask: boolean, True = visible, broadcastable to (B, Hq, Sq, Sk), or (B, Sk) for keys alone;
+            where q has several batch axes, over each of them by itself, as bias and lengths too.
         bias: added to the scores, broadcastable to (B, Hq, Sq, Sk); differentiable.
         causal: False, True (the last query sees the last key) or "top_left" (query i sees keys ≤ i).
         window: (left, right): how many keys each side of its own place a query sees, None for open.
@@ -136,6 +137,11 @@ def _pair(
         raise TypeError(
             "these functions always return (out, lse): leave return_lse out. "
             "For out alone call heedful.attention."
+        )
+    if "backend" in options:
+        raise TypeError(
+            f"this function is {name} itself and takes no backend=. Got {options['backend']!r}. "
+            "To choose one call heedful.attention(..., backend=..., return_lse=True)."
         )
     if framework_of(mask) is not None and dtype_of(mask).removeprefix("u").startswith("int"):
         mask = mask != 0

@@ -18,6 +18,7 @@ Array = Any  # a JAX array, a NumPy array or a torch tensor: core never imports 
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 LAYOUTS = ("bhsd", "bshd")
+MAX_RANK = 64
 FAR = 2**29  # more than any length; sums of three such numbers still fit an int32
 
 
@@ -96,7 +97,8 @@ class Problem:
 
     Position: query i stands at p_i = i + q_offset. By default q_offset = kv_length − q_length: the
     last query is aligned with the last key ("bottom-right"), per batch row where lengths are given.
-    `causal="top_left"` means q_offset = 0. An explicit q_offset wins over both.
+    `causal="top_left"` means q_offset = 0. An explicit q_offset wins over both; without causal or a
+    window it would change nothing, and is refused.
 
     Visibility: query i sees key j when all of these say so:
         causal                     j ≤ p_i
@@ -104,6 +106,10 @@ class Problem:
         q_lengths, kv_lengths      i < q_lengths[b], j < kv_lengths[b]
         mask                       True; broadcastable to (B, Hq, Sq, Sk), or, beside q of rank 4,
                                    (B, Sk) for keys alone
+
+    Leading axes: q of rank 5 and more has several batch axes, and B is their product. Mask, bias,
+    lengths and q_offset broadcast over each of them by itself: beside q (B, N, H, S, D) a mask may be
+    (B, N, 1, 1, Sk), a bias (B, 1, H, Sq, Sk) and lengths (B, 1).
 
     A query that sees no key gives out 0, lse −inf and no gradient, whatever stands in K and V. So does
     one whose every visible key has a bias of −inf, if K and V are finite there.
@@ -231,13 +237,13 @@ class Problem:
         if not (isinstance(causal, bool | np.bool_) or top_left):
             raise ValueError(
                 'causal must be False, True (bottom-right) or "top_left". '
-                f"Got {causal!r}. For any other alignment pass causal=True and q_offset=."
+                f"Got {_shown(causal)}. For any other alignment pass causal=True and q_offset=."
             )
         causal_asked = bool(causal)
         window = _check_window(options.get("window"))
         explicit = options.get("q_offset")
-        _check_offset(explicit, lead)
         positional = causal_asked or window is not None
+        _check_offset(explicit, lead, positional)
         if not positional:
             q_offset: int | None = 0  # positions play no part: equal problems compare equal
         elif isinstance(explicit, numbers.Integral):
@@ -254,7 +260,7 @@ class Problem:
         return_lse = options.get("return_lse", False)
         if not isinstance(return_lse, bool):
             raise TypeError(
-                f"return_lse must be True or False. Got {return_lse!r}. "
+                f"return_lse must be True or False. Got {_shown(return_lse)}. "
                 "It decides what is returned, so it cannot be an array."
             )
 
@@ -265,8 +271,8 @@ class Problem:
             rank=len(q.shape),
             layout=layout,
             **sizes,
-            scale=_check_scale(options.get("scale"), sizes["head_dim"] ** -0.5),
-            softcap=_check_softcap(options.get("softcap")),
+            scale=_check_scale(options.get("scale"), sizes["head_dim"] ** -0.5, accumulator),
+            softcap=_check_softcap(options.get("softcap"), accumulator),
             causal=causal_asked,
             window=window,
             q_offset=q_offset,
@@ -283,7 +289,8 @@ class Problem:
         """The arrays of the call this problem was made of, in canonical form: views, if strides allow.
 
         Lengths and offsets alone are converted, to int32: in the narrow or unsigned types that they
-        may come in, their differences would wrap.
+        may come in, their differences would wrap. Where a mask or bias has some of several leading
+        axes and not the others, those are materialised; its gradient comes back in its own shape.
 
         Raises:
             ValueError: a length that is negative or longer than its sequence, or an offset out of
@@ -305,11 +312,11 @@ class Problem:
             q=self._canonical_heads(q),
             k=self._canonical_heads(k),
             v=self._canonical_heads(v),
-            mask=None if mask is None else mask.reshape(self.mask_shape),
-            bias=None if bias is None else bias.reshape(self.bias_shape),
-            q_lengths=None if q_lengths is None else _int32(q_lengths.reshape(-1)),
-            kv_lengths=None if kv_lengths is None else _int32(kv_lengths.reshape(-1)),
-            q_offset=None if q_offset is None else _int32(q_offset.reshape(-1)),
+            mask=None if mask is None else self._canonical_scores(mask, self.mask_shape),
+            bias=None if bias is None else self._canonical_scores(bias, self.bias_shape),
+            q_lengths=None if q_lengths is None else self._a_batch_row(q_lengths),
+            kv_lengths=None if kv_lengths is None else self._a_batch_row(kv_lengths),
+            q_offset=None if q_offset is None else self._a_batch_row(q_offset, or_one=True),
         )
 
     @property
@@ -335,6 +342,19 @@ class Problem:
             return self, operands
         number = int(operands.q_offset[0])
         return replace(self, q_offset=number), operands._replace(q_offset=None)
+
+    def _canonical_scores(self, x: Array, shape: tuple[int, ...] | None) -> Array:
+        """Something broadcastable to (*lead, Hq, Sq, Sk) → its canonical shape."""
+        assert shape is not None  # that of x, worked out with the problem
+        if shape[0] != 1 and math.prod(x.shape[:-3]) != shape[0] and x.shape != shape[::3]:
+            x = broadcast_to(x, (*self.lead, *shape[1:]))
+        return x.reshape(shape)
+
+    def _a_batch_row(self, x: Array, or_one: bool = False) -> Array:
+        """Something broadcastable to the leading axes → int32 (B,), or (1,) where one stands for all."""
+        if not (or_one and math.prod(x.shape) == 1):
+            x = broadcast_to(x, self.lead or (1,))
+        return _int32(x.reshape(-1))
 
     def _canonical_heads(self, x: Array) -> Array:
         """(*lead, H, S, D), (*lead, S, H, D) or (S, D) → (B, H, S, D)."""
@@ -367,7 +387,8 @@ def framework_of(x: Array) -> str | None:
     """Whose array: "numpy", "jax" (tracers and ShapeDtypeStruct too), "torch"; None for no array."""
     if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return "jax"
-    if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):  # its mask would be lost
+    # A masked array's mask would be lost, and a matrix is of rank 2 whatever is done with it.
+    if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray | np.matrix):
         return "numpy"
     if any(t.__module__ == "torch" and t.__name__ == "Tensor" for t in type(x).__mro__):
         return "torch"
@@ -398,6 +419,16 @@ def platform_of(x: Array) -> str:
         case "torch":
             return {"cuda": "gpu", "xla": "tpu"}.get(x.device.type, x.device.type)
     return "cpu"
+
+
+def broadcast_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """The array broadcast to a shape, as a view where the framework has views; differentiable."""
+    match framework_of(x):
+        case "jax":
+            return jax.numpy.broadcast_to(x, shape)
+        case "torch":
+            return x.expand(shape)
+    return np.broadcast_to(x, shape)
 
 
 def _int32(x: Array) -> Array:
@@ -441,6 +472,11 @@ def _check_frameworks(q: Array, k: Array, v: Array, options: Options) -> str:
                 f"{name} must be a JAX array, a NumPy array or a torch tensor. "
                 f"Got {type(arrays[name]).__name__}. Convert it first, for example with numpy.asarray."
             )
+        if isinstance(arrays[name], jax.Array) and _is_deleted(arrays[name]):
+            raise ValueError(
+                f"{name} is a JAX array whose memory was given back: it was deleted, or donated to a "
+                "jitted function. Use what that function returned, or do not donate it."
+            )
     framework = kinds["q"]
     for name, kind in kinds.items():
         # To JAX a NumPy mask or length is a constant; q, k and v themselves are never converted.
@@ -458,6 +494,10 @@ def _check_frameworks(q: Array, k: Array, v: Array, options: Options) -> str:
             )
     assert framework is not None
     return framework
+
+
+def _is_deleted(x: jax.Array) -> bool:
+    return not isinstance(x, jax.core.Tracer) and x.is_deleted()
 
 
 def _devices(x: Array) -> str | None:
@@ -489,7 +529,7 @@ def _check_dtypes(q: Array, k: Array, v: Array, framework: str) -> str:
 def _check_shapes(q: Array, k: Array, v: Array, layout: str) -> dict[str, Any]:
     if layout not in LAYOUTS:
         raise ValueError(
-            f'layout must be "bhsd" or "bshd". Got {layout!r}. '
+            f'layout must be "bhsd" or "bshd". Got {_shown(layout)}. '
             "It is never guessed: say where the head axis stands."
         )
     shapes = {"q": shape_of(q), "k": shape_of(k), "v": shape_of(v)}
@@ -504,6 +544,12 @@ def _check_shapes(q: Array, k: Array, v: Array, layout: str) -> dict[str, Any]:
         raise ValueError(
             f"q, k and v must have the same rank, at least 2: {forms}. Got {got}. "
             "Add the missing axes: they are never guessed."
+        )
+
+    if rank > MAX_RANK:
+        raise ValueError(
+            f"q, k and v may have {MAX_RANK} axes, as many as NumPy's arrays. Got {rank}. "
+            "Join the leading ones by reshape: all are batch."
         )
 
     def split(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int, int]:
@@ -559,29 +605,24 @@ def _score_shape(
     name: str, x: Array, scores: tuple[int, ...], lead: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The canonical rank-4 shape of an array broadcastable to (*lead, Hq, Sq, Sk)."""
-    fitted = _broadcast_shape(shape_of(x), scores, lead)
-    if fitted is None:
-        full = (*(lead or (1,)), *scores[1:])
-        forms = f"be broadcastable to (B, Hq, Sq, Sk) = {full}"
+    full = (*(lead or (1,)), *scores[1:])
+    given = shape_of(x)
+    if not _broadcasts(given, full):
+        axes = "B, " if len(full) == 4 else "".join(f"B{n}, " for n in range(1, len(full) - 2))
+        forms = f"be broadcastable to ({axes}Hq, Sq, Sk) = {full}"
         if name == "mask" and len(lead) == 1:
             forms += f", or be (B, Sk) = {(scores[0], scores[3])}"
-        raise ValueError(f"{name} must {forms}. Got {tuple(x.shape)}. Each axis is full or 1.")
-    return fitted
+        raise ValueError(f"{name} must {forms}. Got {given}. Each axis is full or 1.")
+    padded = (1,) * (len(full) - len(given)) + given
+    one = all(axis == 1 for axis in padded[:-3])
+    return (1 if one else scores[0], *padded[-3:])
 
 
-def _broadcast_shape(
-    shape: tuple[int, ...], scores: tuple[int, ...], lead: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    rank = max(len(lead), 1) + 3
-    if len(shape) > rank:
-        return None
-    padded = (1,) * (rank - len(shape)) + shape
-    batch, rest = padded[:-3], padded[-3:]
-    if any(axis not in (1, full) for axis, full in zip(rest, scores[1:], strict=True)):
-        return None
-    if all(axis == 1 for axis in batch):
-        return (1, *rest)
-    return (scores[0], *rest) if batch == (lead or (1,)) else None
+def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether each axis, counted from the last, is full or 1."""
+    return len(shape) <= len(full) and all(
+        axis in (1, whole) for axis, whole in zip(shape[::-1], full[::-1], strict=False)
+    )
 
 
 def _mask_shape(mask: Array, scores: tuple[int, ...], lead: tuple[int, ...]) -> tuple[int, ...]:
@@ -604,11 +645,19 @@ def _check_lengths(name: str, x: Array | None, lead: tuple[int, ...]) -> None:
         return
     if not dtype_of(x).removeprefix("u").startswith("int"):
         raise TypeError(f"{name} must hold integers. Got {dtype_of(x)}. Cast it to int32.")
-    if tuple(x.shape) not in {lead, lead or (1,)}:
+    if not _broadcasts(tuple(x.shape), lead or (1,)):
         raise ValueError(
-            f"{name} must have one length for each batch row, shape (B,) = {lead or (1,)}. "
+            f"{name} must have one length for each batch row, shape {_rows(lead)}. "
             f"Got {tuple(x.shape)}. Pass one number for each sequence of the batch."
         )
+
+
+def _rows(lead: tuple[int, ...]) -> str:
+    if len(lead) < 2:
+        return f"(B,) = {lead or (1,)}"
+    return (
+        f"({', '.join(f'B{n}' for n, _ in enumerate(lead, start=1))}) = {lead}, each axis full or 1"
+    )
 
 
 def _check_length_values(name: str, lengths: Array | None, longest: int) -> None:
@@ -631,7 +680,7 @@ def _check_window(window: Any) -> tuple[int | None, int | None] | None:
         return None
     if not (isinstance(window, Sequence) and len(window) == 2):
         raise ValueError(
-            f"window must be a pair (left, right). Got {window!r}. "
+            f"window must be a pair (left, right). Got {_shown(window)}. "
             "Write (w, 0) to see w keys back, (w, w) for both sides, None for an open side."
         )
     for side in window:
@@ -639,7 +688,7 @@ def _check_window(window: Any) -> tuple[int | None, int | None] | None:
             continue
         if not isinstance(side, numbers.Integral) or isinstance(side, bool) or side < 0:
             raise ValueError(
-                f"window must hold integers of at least 0, or None. Got {tuple(window)}. "
+                f"window must hold integers of at least 0, or None. Got {_shown(tuple(window))}. "
                 "An open side is None here, not -1."
             )
     # A side as long as two FARs is open, wherever the offset puts the query.
@@ -647,20 +696,26 @@ def _check_window(window: Any) -> tuple[int | None, int | None] | None:
     return None if left is None and right is None else (left, right)
 
 
-def _check_offset(q_offset: Any, lead: tuple[int, ...]) -> None:
+def _check_offset(q_offset: Any, lead: tuple[int, ...], positional: bool) -> None:
     if q_offset is None:
         return
+    if not positional:
+        raise ValueError(
+            "q_offset places the queries for causal and window, and this call has neither. "
+            f"Got {_shown(q_offset) if isinstance(q_offset, numbers.Number) else 'an array'}. "
+            "Leave it out, or pass causal= or window= too: no option is ignored."
+        )
     if isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool):
         return _check_offset_range(int(q_offset))
     if isinstance(q_offset, numbers.Number) or not dtype_of(q_offset).startswith("int"):
-        kind = dtype_of(q_offset) if hasattr(q_offset, "dtype") else repr(q_offset)
+        kind = dtype_of(q_offset) if hasattr(q_offset, "dtype") else _shown(q_offset)
         raise TypeError(
             f"q_offset must be an integer or a signed integer array. Got {kind}. "
             "Cast it to int32: it counts keys."
         )
-    if tuple(q_offset.shape) not in {(), lead, lead or (1,)}:
+    if not _broadcasts(tuple(q_offset.shape), lead or (1,)):
         raise ValueError(
-            f"q_offset must be one integer, or one for each batch row: (B,) = {lead or (1,)}. "
+            f"q_offset must be one integer, or one for each batch row: {_rows(lead)}. "
             f"Got {tuple(q_offset.shape)}. It is the place of the first query among the keys."
         )
 
@@ -674,39 +729,77 @@ def _check_offset_values(q_offset: Array | None) -> None:
 def _check_offset_range(q_offset: int) -> None:
     if abs(q_offset) > FAR:
         raise ValueError(
-            f"q_offset must lie between -2**29 and 2**29. Got {q_offset}. "
+            f"q_offset must lie between -2**29 and 2**29. Got {_shown(q_offset)}. "
             "It counts keys: it is the place of the first query among them."
         )
 
 
-def _check_scale(scale: Any, default: float) -> float:
+def _check_scale(scale: Any, default: float, accumulator: str) -> float:
     if scale is None:
         return default
     if not _is_number(scale):
         raise TypeError(
-            f"scale must be a Python number. Got {scale!r}. To learn it, multiply q by it instead."
+            f"scale must be a Python number. Got {_shown(scale)}. "
+            "To learn it, multiply q by it instead."
         )
-    if not abs(scale) <= np.finfo(np.float32).max:
+    limits, value = np.finfo(accumulator), _as_float(scale)
+    largest, smallest = float(limits.max), float(limits.tiny)
+    if not abs(value) <= largest:
         raise ValueError(
-            f"scale must be finite, in float32 too. Got {scale!r}. "
+            f"scale must be finite, in {accumulator} too. Got {_shown(scale)}. "
             "For the default, D**-0.5, pass None."
         )
-    return float(scale)
+    if abs(value) < smallest and scale != 0:  # processors take such a number for 0
+        raise ValueError(
+            f"scale must be 0, or at least {smallest:.2g}, the smallest normal {accumulator}. "
+            f"Got {_shown(scale)}. Scale q, or pass 0."
+        )
+    return value
 
 
-def _check_softcap(softcap: Any) -> float | None:
+def _check_softcap(softcap: Any, accumulator: str) -> float | None:
+    """A softcap c such that in the accumulator s/c does not overflow, and c·tanh(s/c) is s at most.
+
+    Beyond eps/tiny, s/c falls below the normal numbers for scores that count, and c·0 is 0; below
+    tiny/eps, s/c is infinite for scores that come about.
+    """
     if softcap is None:
         return None
     if not _is_number(softcap):
         raise TypeError(
-            f"softcap must be a Python number. Got {softcap!r}. For no softcap pass None."
+            f"softcap must be a Python number. Got {_shown(softcap)}. For no softcap pass None."
         )
-    if not 0 < float(softcap) < math.inf:
+    value = _as_float(softcap)
+    if not 0 < value < math.inf:
         raise ValueError(
-            f"softcap must be positive and finite. Got {softcap!r}. For no softcap pass None."
+            f"softcap must be positive and finite. Got {_shown(softcap)}. For no softcap pass None."
         )
-    return float(softcap)
+    limits = np.finfo(accumulator)
+    largest = float(limits.eps) / float(limits.tiny)
+    if not 1 / largest <= value <= largest:
+        raise ValueError(
+            f"softcap must lie between {1 / largest:.2g} and {largest:.2g}, so that {accumulator} "
+            f"can divide by it. Got {_shown(softcap)}. For no softcap pass None."
+        )
+    return value
 
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _as_float(x: Any) -> float:
+    """The number, infinite where no float is so large."""
+    try:
+        return float(x)
+    except OverflowError:
+        return math.copysign(math.inf, x > 0 or -1)
+
+
+def _shown(x: Any) -> str:
+    """What came, for an error: in short, and whatever came."""
+    try:
+        text = repr(x)
+    except ValueError:  # Python writes no integer of more than some thousand digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}…"
