@@ -327,9 +327,7 @@ def combinations(draw):
     }
     chosen = draw(st.sets(st.sampled_from(sorted(maybe)), max_size=6))
     options = {name: maybe[name]() for name in sorted(chosen)}
-    if "causal" not in options and options.get("window", (None, None)) == (None, None):
-        options.pop("q_offset", None)  # refused without a use for it
-    return case("random", "", **sizes, **options)
+    return case("random", "", **sizes, **reference.without_idle_offset(options))
 
 
 class Contract:

@@ -120,6 +120,12 @@ def _canonical(
     return out, lse, dq, dk, dv, _summed(dbias, bias_shape, lead)
 
 
+def without_idle_offset(options):
+    """The options without a q_offset that neither causal nor a window has a use for: it is refused."""
+    positional = options.get("causal") or (options.get("window") or (None, None)) != (None, None)
+    return {name: x for name, x in options.items() if positional or name != "q_offset"}
+
+
 def _whole(x, scores, lead):
     """An array that broadcasts to (*lead, Hq, Sq, Sk), as (B, Hq, Sq, Sk)."""
     return np.broadcast_to(x, (tuple(lead) or (1,)) + scores[1:]).reshape(scores)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from heedful.problem import Problem
 from heedful.visibility import q_offset, visible
+from reference import without_idle_offset
 
 B, HQ, SQ, SK = 2, 2, 5, 7
 SIDES = st.none() | st.integers(0, 8)
@@ -33,7 +34,7 @@ def visibility_options(draw):
         shape = [draw(st.sampled_from([1, full])) for full in (B, HQ, SQ, SK)]
         random = np.random.default_rng(draw(st.integers(0, 99)))
         options["mask"] = random.random(shape) < 0.7
-    return options
+    return without_idle_offset(options)
 
 
 def ask(xp, options, rows=slice(0, SQ), columns=slice(0, SK)):
@@ -74,7 +75,7 @@ def answer_to(**options):
 
 def test_nothing_hidden_is_none():
     assert answer_to()[2] is None
-    assert answer_to(window=(None, None), q_offset=3)[2] is None
+    assert answer_to(window=(None, None))[2] is None
 
 
 def test_no_larger_than_the_options_need():
