@@ -1,6 +1,6 @@
 """Speed of attention on this machine's CPU: heedful's JAX backends, jax.nn and torch SDPA in one run.
 
-    python benchmarks/attention.py [--rounds 5] [--json PATH]
+    python benchmarks/attention.py [--rounds 5] [--only GLOB] [--json PATH]
 
 Every round times every contestant once, so that a machine whose speed drifts slows all alike; the
 figures are medians over the rounds, and ratios are medians of the ratios within a round. Every output
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated
 
@@ -28,17 +29,50 @@ from rich.table import Table
 
 import heedful
 
-BATCH, HEADS, LENGTH, HEAD_DIM = 1, 8, 4096, 64
-TOLERANCE = 1e-5  # relative RMS against float64; honest float32 kernels stay below 2e-6
+# Relative RMS against float64 on the same rounded inputs. Honest float32 kernels stay below 2e-6,
+# kernels that round P and O to bfloat16 below 1e-2.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 PEER = "torch SDPA"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is attended: self-attention of `batch` rows, `heads` heads on `kv_heads`."""
+
+    heads: int
+    length: int
+    head_dim: int
+    batch: int = 1
+    kv_heads: int = 0
+    dtype: str = "float32"
+    causal: bool = False
+
+    @property
+    def group(self) -> int:
+        return self.heads // (self.kv_heads or self.heads)
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}" + (f"/{self.kv_heads}" if self.group > 1 else "")
+        mask = "causal" if self.causal else "full"
+        rows = f"{self.batch}x" if self.batch > 1 else ""
+        return f"{rows}{heads}x{self.length}x{self.head_dim} {self.dtype} {mask}"
+
+
+SHAPES = (
+    Shape(8, 4096, 64),
+    Shape(8, 4096, 64, causal=True),
+    Shape(32, 2048, 128, kv_heads=8, causal=True),
+    Shape(8, 4096, 128, dtype="bfloat16"),
+    Shape(12, 128, 32, batch=32),
+)
 
 
 @dataclass
 class Row:
     """One figure: the median time, and the median over rounds of the peer's time by this one."""
 
+    shape: str
     contestant: str
-    causal: bool
     part: str
     milliseconds: float
     gflops: float
@@ -55,35 +89,36 @@ class JaxContestant:
         self.out, self.pullback = jax.jit(lambda *x: jax.vjp(function, *x))(*inputs)
         self._backward = jax.jit(lambda pullback, cotangent: pullback(cotangent))
 
-    def forward(self) -> list[np.ndarray]:
-        return [np.asarray(jax.block_until_ready(self._forward(*self.inputs)))]
+    def forward(self) -> list[jax.Array]:
+        return [jax.block_until_ready(self._forward(*self.inputs))]
 
-    def backward(self) -> list[np.ndarray]:
-        gradients = jax.block_until_ready(self._backward(self.pullback, self.cotangent))
-        return [np.asarray(g) for g in gradients]
+    def backward(self) -> list[jax.Array]:
+        return list(jax.block_until_ready(self._backward(self.pullback, self.cotangent)))
 
 
 class TorchContestant:
     """torch SDPA, whichever kernel it picks on this machine."""
 
-    def __init__(self, arrays: list[np.ndarray], causal: bool):
-        *inputs, self.cotangent = (torch.from_numpy(x) for x in arrays)
+    def __init__(self, arrays: list[np.ndarray], shape: Shape):
+        dtype = getattr(torch, shape.dtype)  # from_numpy knows no bfloat16
+        *inputs, self.cotangent = (torch.from_numpy(x.astype("f4")).to(dtype) for x in arrays)
         self.inputs = [x.requires_grad_() for x in inputs]
-        self.causal = causal
-        self.out = F.scaled_dot_product_attention(*self.inputs, is_causal=causal)
+        self.options = {"is_causal": shape.causal, "enable_gqa": shape.group > 1}
+        self.out = F.scaled_dot_product_attention(*self.inputs, **self.options)
 
-    def forward(self) -> list[np.ndarray]:
+    def forward(self) -> list[torch.Tensor]:
         with torch.no_grad():
-            return [F.scaled_dot_product_attention(*self.inputs, is_causal=self.causal).numpy()]
+            return [F.scaled_dot_product_attention(*self.inputs, **self.options)]
 
-    def backward(self) -> list[np.ndarray]:
-        grads = torch.autograd.grad(self.out, self.inputs, self.cotangent, retain_graph=True)
-        return [g.numpy() for g in grads]
+    def backward(self) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(self.out, self.inputs, self.cotangent, retain_graph=True))
 
 
 def contestants(
-    arrays: list[np.ndarray], causal: bool
+    arrays: list[np.ndarray], shape: Shape
 ) -> dict[str, JaxContestant | TorchContestant]:
+    causal = shape.causal
+
     def of_backend(name: str) -> JaxContestant:
         return JaxContestant(
             lambda q, k, v: heedful.attention(q, k, v, causal=causal, backend=name), arrays
@@ -94,45 +129,64 @@ def contestants(
         return jax.nn.dot_product_attention(*bshd, is_causal=causal).swapaxes(1, 2)
 
     return {
-        PEER: TorchContestant(arrays, causal),
+        PEER: TorchContestant(arrays, shape),
         "jax:flash": of_backend("jax:flash"),
         "jax:plain": of_backend("jax:plain"),
         "jax.nn": JaxContestant(of_jax_nn, arrays),
     }
 
 
-def reference(arrays: list[np.ndarray], causal: bool) -> dict[str, list[np.ndarray]]:
-    """Float64 outputs and gradients, one head at a time to spare memory."""
-    heads = []
-    for h in range(HEADS):
-        q, k, v, cotangent = (torch.from_numpy(x[:, h : h + 1]).double() for x in arrays)
-        inputs = [x.requires_grad_() for x in (q, k, v)]
-        scores = q @ k.mT * HEAD_DIM**-0.5
-        if causal:
-            scores = scores.masked_fill(~torch.ones(LENGTH, LENGTH).tril().bool(), -torch.inf)
-        out = scores.softmax(-1) @ v
-        heads.append([out.detach(), *torch.autograd.grad(out, inputs, cotangent)])
-    out, *gradients = (torch.cat(parts, 1).numpy() for parts in zip(*heads, strict=True))
+def draw(shape: Shape) -> list[np.ndarray]:
+    """q, k, v and the cotangent of out, rounded to the shape's dtype."""
+    normal = np.random.default_rng(0).standard_normal
+    heads = (shape.heads, *[shape.kv_heads or shape.heads] * 2, shape.heads)
+    sizes = [(shape.batch, h, shape.length, shape.head_dim) for h in heads]
+    return [normal(size, dtype=np.float32).astype(jnp.dtype(shape.dtype)) for size in sizes]
+
+
+def reference(arrays: list[np.ndarray], shape: Shape) -> dict[str, list[np.ndarray]]:
+    """Float64 outputs and gradients, one key head at a time to spare memory."""
+    q, k, v, cotangent = (torch.from_numpy(x.astype("f8")) for x in arrays)
+    expected = [torch.empty_like(x) for x in (q, q, k, v)]
+    hidden = ~torch.ones(shape.length, shape.length).tril().bool()
+    for b, h in np.ndindex(k.shape[:2]):
+        own = b, slice(h * shape.group, (h + 1) * shape.group)
+        inputs = [x.requires_grad_() for x in (q[own].clone(), k[b, h].clone(), v[b, h].clone())]
+        scores = inputs[0] @ inputs[1].mT * shape.head_dim**-0.5
+        if shape.causal:
+            scores = scores.masked_fill(hidden, -torch.inf)
+        out = scores.softmax(-1) @ inputs[2]
+        results = out.detach(), *torch.autograd.grad(out, inputs, cotangent[own])
+        for whole, part, at in zip(expected, results, (own, own, (b, h), (b, h)), strict=True):
+            whole[at] = part
+    out, *gradients = (x.numpy() for x in expected)
     return {"forward": [out], "backward": gradients}
 
 
-def check(name: str, part: str, got: list[np.ndarray], expected: list[np.ndarray]) -> None:
+def check(
+    name: str,
+    part: str,
+    got: list[jax.Array | torch.Tensor],
+    expected: list[np.ndarray],
+    dtype: str,
+) -> None:
     for x, y in zip(got, expected, strict=True):
-        error = np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
-        if not error < TOLERANCE:
+        found = x.double().numpy() if isinstance(x, torch.Tensor) else np.asarray(x).astype("f8")
+        error = np.sqrt(np.mean((found - y) ** 2) / np.mean(y**2))
+        if not error < TOLERANCE[dtype]:
             raise SystemExit(
-                f"{name} {part}: relative RMS error {error:.1e}, above {TOLERANCE:.0e}"
+                f"{name} {part}: relative RMS error {error:.1e}, above {TOLERANCE[dtype]:.0e}"
             )
 
 
-def measure(causal: bool, rounds: int, console: Console) -> list[Row]:
-    draw = np.random.default_rng(0).standard_normal
-    arrays = [draw((BATCH, HEADS, LENGTH, HEAD_DIM), dtype=np.float32) for _ in range(4)]
-    expected = reference(arrays, causal)
-    field = contestants(arrays, causal)
+def measure(shape: Shape, rounds: int, console: Console) -> list[Row]:
+    arrays = draw(shape)
+    expected = reference(arrays, shape)
+    field = contestants(arrays, shape)
     rows = []
     # 2 products forward, 5 backward, each 2·B·H·Sq·Sk·D operations; causal needs half of them.
-    work = 4 * BATCH * HEADS * LENGTH**2 * HEAD_DIM * (0.5 if causal else 1.0)
+    work = 4 * shape.batch * shape.heads * shape.length**2 * shape.head_dim
+    work *= 0.5 if shape.causal else 1.0
     for part, factor in (("forward", 1.0), ("backward", 2.5)):
         times: dict[str, list[float]] = {name: [] for name in field}
         for turn in range(rounds + 1):
@@ -141,23 +195,34 @@ def measure(causal: bool, rounds: int, console: Console) -> list[Row]:
                 result = getattr(contestant, part)()
                 elapsed = time.perf_counter() - begin
                 if turn == 0:  # the warm-up is checked, not counted
-                    check(name, part, result, expected[part])
+                    check(name, part, result, expected[part], shape.dtype)
                 else:
                     times[name].append(elapsed)
         for name, seconds in times.items():
             median = statistics.median(seconds)
             ratio = statistics.median(p / s for p, s in zip(times[PEER], seconds, strict=True))
             gflops = factor * work / median / 1e9
-            rows.append(Row(name, causal, part, median * 1e3, gflops, ratio))
-            console.log(f"{name} {'causal' if causal else 'full'} {part}: {median * 1e3:.0f} ms")
+            rows.append(Row(str(shape), name, part, median * 1e3, gflops, ratio))
+            console.log(f"{shape} {part}: {name} {median * 1e3:.0f} ms, {ratio:.2f} by torch")
     return rows
+
+
+def processor() -> str:
+    """Its name, where the system tells it: ratios in bfloat16 depend on what it multiplies."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # no Linux
+        lines = []
+    facts = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    matrices = [f for f in ("avx512_bf16", "amx_bf16") if f in facts.get("flags", "").split()]
+    return " ".join([facts.get("model name", platform.machine()), *matrices])
 
 
 def environment() -> dict[str, str]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "processor": f"{processor()}, {os.cpu_count()} cores",
         "heedful": heedful.__version__,
         "jax": jax.__version__,
         "torch": torch.__version__,
@@ -165,34 +230,42 @@ def environment() -> dict[str, str]:
     }
 
 
-def main(
-    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here too.")
-    ] = None,
-) -> None:
-    """Times the contestants and prints one table."""
-    console = Console()
-    rows = measure(False, rounds, console) + measure(True, rounds, console)
-    about = environment()
-    shape = f"{HEADS} heads × {LENGTH} × {HEAD_DIM}, float32"
-    table = Table(title=f"{shape}; outputs checked against float64", caption=str(about))
-    for heading in ("", "mask", "part", "ms", "GFLOP/s", "speed by torch's", "speed by jax.nn's"):
-        table.add_column(heading, justify="left" if heading in ("", "mask", "part") else "right")
+def table(title: str, rows: list[Row]) -> Table:
+    table = Table(title=title)
+    for heading in ("", "part", "ms", "GFLOP/s", "speed by torch's", "speed by jax.nn's"):
+        table.add_column(heading, justify="left" if heading in ("", "part") else "right")
     for row in rows:
-        nn = next(
-            r for r in rows if (r.contestant, r.causal, r.part) == ("jax.nn", row.causal, row.part)
-        )
+        nn = next(r for r in rows if (r.contestant, r.part) == ("jax.nn", row.part))
         table.add_row(
             row.contestant,
-            "causal" if row.causal else "full",
             row.part,
             f"{row.milliseconds:.0f}",
             f"{row.gflops:.0f}",
             f"{row.speed_by_torch:.2f}",
             f"{nn.milliseconds / row.milliseconds:.2f}",
         )
-    console.print(table)
+    return table
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    only: Annotated[str, typer.Option(help="Shapes to time, as a glob.")] = "*",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here too.")
+    ] = None,
+) -> None:
+    """Times the contestants and prints a table for each shape."""
+    console = Console()
+    chosen = [shape for shape in SHAPES if fnmatch(str(shape), only)]
+    if not chosen:
+        raise typer.BadParameter(
+            f"no shape is like {only!r}. There are: {', '.join(map(str, SHAPES))}."
+        )
+    rows = [row for shape in chosen for row in measure(shape, rounds, console)]
+    about = environment()
+    for shape in chosen:
+        console.print(table(str(shape), [row for row in rows if row.shape == str(shape)]))
+    console.print("Every output and gradient was checked against float64.", about)
     if json_path:
         figures = {"environment": about, "rows": [asdict(row) for row in rows]}
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
