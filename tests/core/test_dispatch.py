@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import sys
 import threading
 from textwrap import dedent
 
@@ -427,17 +428,107 @@ def test_only_what_was_registered_is_unregistered(name):
         heedful.unregister(name)
 
 
-def test_a_single_reason_is_not_taken_for_a_list_of_letters():
-    fake = Fake("jax:letters", 0)
-    fake.given_reasons = "cannot"
-    heedful.register(fake)
+@contextlib.contextmanager
+def given(backend):
+    heedful.register(backend)
     try:
-        with pytest.raises(
-            TypeError, match="jax:letters must give its reasons as a list of strings"
-        ):
-            attention(Q, Q, Q, backend="jax:letters")
+        yield backend
     finally:
-        heedful.unregister("jax:letters")
+        heedful.unregister(backend.name)
+
+
+def raise_it(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda: "cannot",  # not a list of letters
+        lambda: None,
+        lambda: False,
+        lambda: 7,
+        lambda: [None],
+        lambda: ["true", 3],
+        lambda: {"reason": "cannot"},
+        lambda: (reason for reason in ["cannot"]),
+        lambda: raise_it(RuntimeError("out of luck")),
+        lambda: raise_it(SystemExit(0)),
+        lambda: raise_it(Refusal("nobody", {"jax:other": ("mine",)})),
+    ],
+)
+def test_reasons_that_fail_are_a_reason_and_spare_the_others(said):
+    fake = Fake("jax:odd", 0, automatic=-1)
+    fake.reasons = lambda problem: said()
+    with given(fake):
+        assert who() == 1
+        verdicts = {verdict.name: verdict for verdict in explain(Q, Q, Q).verdicts}
+        (why,) = verdicts["jax:odd"].reasons
+        assert why.startswith(("its reasons fails: ", "it must give its reasons as a list"))
+        with pytest.raises(Refusal) as refusal:
+            attention(Q, Q, Q, backend="jax:odd")
+        assert refusal.value.reasons == {"jax:odd": (why,)}
+
+
+class Text:
+    """What a backend may return in place of an array."""
+
+    shape, dtype = (1, 2, 3, 8), "float32"
+
+
+OUT, LSE = jnp.ones((2, 2, 3, 8)), jnp.ones((2, 2, 3))
+WRONG = {
+    "out alone": (lambda out, lse: out, None),
+    "a list": (lambda out, lse: [out, lse], None),
+    "one": (lambda out, lse: (out,), None),
+    "three": (lambda out, lse: (out, lse, lse), None),
+    "nothing": (lambda out, lse: None, None),
+    "text": (lambda out, lse: "ab", None),
+    "a dict": (lambda out, lse: {"out": out, "lse": lse}, None),
+    "a generator": (lambda out, lse: (x for x in (out, lse)), None),
+    "no out": (lambda out, lse: (None, lse), "out"),
+    "numbers": (lambda out, lse: (1.0, lse), "out"),
+    "letters": (lambda out, lse: ("a", "b"), "out"),
+    "lists": (lambda out, lse: (out.tolist(), lse), "out"),
+    "another framework's": (lambda out, lse: (np.asarray(out), lse), "out"),
+    "no array": (lambda out, lse: (Text(), lse), "out"),
+    "the other order": (lambda out, lse: (lse, out), "out"),
+    "another dtype": (lambda out, lse: (out.astype("bfloat16"), lse), "out"),
+    "integers": (lambda out, lse: (out.astype("int32"), lse), "out"),
+    "one row": (lambda out, lse: (out[:1], lse), "out"),
+    "one axis less": (lambda out, lse: (out[0], lse), "out"),
+    "one axis more": (lambda out, lse: (out[None], lse), "out"),
+    "bshd": (lambda out, lse: (out.swapaxes(1, 2), lse), "out"),
+    "no lse": (lambda out, lse: (out, None), "lse"),
+    "a column": (lambda out, lse: (out, lse[..., None]), "lse"),
+    "queries before heads": (lambda out, lse: (out, lse.swapaxes(1, 2)), "lse"),
+    "lse of q's dtype": (lambda out, lse: (out, lse.astype("bfloat16")), "lse"),
+    "NumPy's lse": (lambda out, lse: (out, np.asarray(lse)), "lse"),
+    "a number for lse": (lambda out, lse: (out, 0.0), "lse"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("jit", [False, True])
+def test_what_a_backend_returns_is_checked(name, jit):
+    change, tensor = WRONG[name]
+    fake = Fake("jax:odd", 0)
+    fake.run = lambda problem, operands: change(OUT, LSE)
+    q = jnp.ones((2, 2, 3, 8))
+
+    def call(q):
+        return attention(q, q, q, return_lse=True, backend="jax:odd")
+
+    with given(fake), pytest.raises(TypeError, match="jax:odd") as wrong:
+        (jax.jit(call) if jit else call)(q)
+    assert (wrong.value.backend, wrong.value.tensor) == ("jax:odd", tensor)
+
+
+def test_an_lse_that_nobody_asked_for_is_dropped_unseen():
+    fake = Fake("jax:odd", 0)
+    fake.run = lambda problem, operands: (OUT, "no lse")
+    with given(fake):
+        assert attention(OUT, OUT, OUT, backend="jax:odd").shape == OUT.shape
 
 
 def test_the_backends_of_the_design_are_installed():
@@ -459,6 +550,7 @@ def install(monkeypatch, tmp_path):
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
         lines = [f"{name} = {module}:{attribute}" for name, attribute in points.items()]
         (info / "entry_points.txt").write_text("\n".join(["[heedful.backends]", *lines]))
+        monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.setattr(dispatch, "_loaded", {})
         dispatch._entry_points.cache_clear()
@@ -496,19 +588,48 @@ def test_a_package_adds_a_backend_through_its_entry_point(install):
 def test_an_installed_backend_that_cannot_be_imported_refuses_and_spares_the_others(install):
     install("broken_package", "import something_not_there", **{"jax:broken": "backend"})
     verdicts = {verdict.name: verdict for verdict in explain(Q, Q, Q).verdicts}
-    why = "cannot be imported: No module named 'something_not_there'"
+    why = "cannot be imported: ModuleNotFoundError: No module named 'something_not_there'"
     assert verdicts["jax:broken"].reasons == (why,)
     assert verdicts["jax:flash"].accepted
     with pytest.raises(Refusal, match=why):
         who(backend="jax:broken")
 
 
-def test_an_entry_point_and_its_backend_have_one_name(install):
-    install("other_name", PACKAGE, **{"jax:theirs": "backend"})
-    with pytest.raises(
-        ValueError, match="the entry point 'jax:theirs' holds a backend named 'jax:ours'"
-    ):
-        who(backend="jax:theirs")
+@pytest.mark.parametrize(
+    ("source", "name", "said"),
+    [
+        (PACKAGE, "jax:theirs", "its entry point 'jax:theirs' holds a backend named 'jax:ours'"),
+        (PACKAGE, "ours", "its entry point 'ours' holds a backend named 'jax:ours'"),
+        ("backend = 7", "jax:seven", "a backend must have name, reasons and run. Got int without"),
+        ("class backend: name, reasons = 'jax:lame', None", "jax:lame", "without run"),
+        ("raise SystemExit(0)", "jax:quitter", "cannot be imported: SystemExit: 0"),
+        ("nothing = None", "jax:absent", "cannot be imported: AttributeError"),
+        (PACKAGE + "    Ours.__hash__ = None", "jax:ours", "unhashable"),
+        (PACKAGE + "    Ours.automatic = 'first'", "jax:ours", "automatic must be a rank"),
+    ],
+)
+def test_an_installed_backend_that_is_broken_is_a_reason_and_nothing_more(
+    install, source, name, said
+):
+    install("odd_package", source, **{name: "backend"})
+    assert who() == 1
+    verdicts = {verdict.name: verdict for verdict in explain(Q, Q, Q).verdicts}
+    assert said in str(verdicts[name])
+    with pytest.raises(Refusal) as refusal:
+        who(backend=name)
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["jax:flash", "jax:ours"])
+def test_a_name_that_two_packages_declare_is_refused_and_both_are_named(install, name):
+    install("ours", PACKAGE, **{name: "backend"})
+    install("theirs", PACKAGE, **{name: "backend"})
+    for package in ("ours", "theirs"):
+        verdicts = {verdict.name: verdict for verdict in explain(Q, Q, Q).verdicts}
+        assert f"{package} ({package}:backend)" in str(verdicts[name])
+        with pytest.raises(Refusal, match=f"more than one package: .*{package}"):
+            who(backend=name)
+    assert who() == 1
 
 
 def test_listing_a_framework_loads_no_backend_of_another(install):

@@ -96,6 +96,17 @@ def test_torch_may_be_absent_or_broken(tmp_path):
     assert run(USE, path=tmp_path) == ["False"]
 
 
+def test_an_explanation_for_jax_arrays_loads_no_torch():
+    script = """
+        import sys, heedful, jax.numpy as jnp
+        q = jnp.ones((2, 3))
+        verdicts = heedful.explain(q, q, q).verdicts
+        print("torch" in sys.modules, all(v.accepted == (v.name != "torch:sdpa-math") for v in verdicts
+              if v.name in ("jax:flash", "torch:sdpa-math")))
+    """
+    assert run(script) == ["False", "True"]
+
+
 def test_importing_does_not_start_jax():
     script = """
         import heedful

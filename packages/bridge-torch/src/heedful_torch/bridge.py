@@ -25,6 +25,7 @@ import torch
 
 from heedful.dispatch import Backend
 from heedful.problem import Array, Operands, Problem
+from heedful.results import checked_gradients, checked_run
 from heedful_torch.autograd import jax_in_torch, torch_in_jax
 from heedful_torch.dlpack import CopyWarning
 from heedful_torch.function import (
@@ -118,7 +119,7 @@ class _Call:
         problem, operands = self.problem, self.operands(arrays)
         if isinstance(operands.q, torch.Tensor):
             problem, operands = problem.as_number(operands)
-        out, lse = self.backend.run(problem, operands)
+        out, lse = checked_run(self.backend, problem, operands)
         return (out, lse) if self.problem.return_lse else (out,)
 
     def operands(self, arrays: tuple[Array, ...]) -> Operands:
@@ -217,7 +218,7 @@ class _NumpyPullBack(FirstOrder):
             operands = call.operands(tuple(map(_to_numpy, tensors[count:])))
             found = tuple(
                 None if x is None else _to_tensor(np.array(x))
-                for x in backend.gradients(problem, operands, dout, *dlse)
+                for x in checked_gradients(backend, problem, operands, dout, *dlse)
             )
         gradients = dict(zip(("q", "k", "v", "bias"), found, strict=True))
         return tuple(gradients.get(name) for name in call.names)

@@ -3,12 +3,13 @@
 import math
 import operator
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ import jax
 
 from heedful import numpy_bridge
 from heedful.problem import Array, Operands, Problem
+from heedful.results import checked_run
 
 BACKENDS = "heedful.backends"
 BRIDGES = "heedful.bridges"
@@ -92,8 +94,11 @@ class Refusal(ValueError):
     """
 
     def __init__(self, message: str, reasons: Mapping[str, Sequence[str]]):
-        super().__init__(message)
         self.reasons = dict(reasons)
+        super().__init__(message, self.reasons)  # both, for pickle makes it of these again
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 # The registry
@@ -133,6 +138,9 @@ def _check_backend(backend: Backend) -> None:
             f"a backend must have name, reasons and run. Got {type(backend).__name__} "
             f"without {', '.join(lacking)}."
         )
+    rank = getattr(backend, "automatic", None)
+    if rank is not None and (not isinstance(rank, int | float) or rank != rank):
+        raise TypeError(f"automatic must be a rank, a number, or None. Got {rank!r}.")
     framework, colon, kernel = str(backend.name).partition(":")
     if framework not in SEARCH or not colon or not kernel:
         raise ValueError(
@@ -142,8 +150,12 @@ def _check_backend(backend: Backend) -> None:
 
 
 @cache  # reading every installed package's metadata takes milliseconds
-def _entry_points(group: str) -> dict[str, Any]:
-    return {point.name: point for point in entry_points(group=group)}
+def _entry_points(group: str) -> dict[str, tuple[EntryPoint, ...]]:
+    """What installed packages declare, by name; more than one where they clash."""
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in entry_points(group=group):
+        found[point.name] = (*found.get(point.name, ()), point)
+    return found
 
 
 def _names() -> list[str]:
@@ -152,32 +164,63 @@ def _names() -> list[str]:
 
 
 def _load(group: str, name: str) -> Any:
+    """What an entry point holds.
+
+    Raises:
+        LookupError: it cannot be had, and why: whatever a broken package does, the others go on.
+    """
     key = f"{group}/{name}"
     if key not in _loaded:
-        _loaded[key] = _entry_points(group)[name].load()
+        point, *others = _entry_points(group)[name]
+        if others:
+            packages = " and ".join(sorted(_package(p) for p in (point, *others)))
+            raise LookupError(
+                f"is declared by more than one package: {packages}. Uninstall all but one"
+            )
+        try:
+            _loaded[key] = point.load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a package may even exit when it is imported
+            raise LookupError(f"cannot be imported: {_said(error)}") from error
     return _loaded[key]
 
 
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} ({point.value})" if point.dist else point.value
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # somebody else's __str__
+        return type(error).__name__
+
+
 def _backend(name: str) -> Backend:
+    """The backend of a name; one that is installed and broken says so in its reasons."""
     if name in _registered:
         return _registered[name]
     if name not in _entry_points(BACKENDS):
         raise ValueError(f"no backend is named {name!r}. There are {', '.join(_names())}.")
     try:
         backend: Backend = _load(BACKENDS, name)
-    except Exception as error:  # whatever a broken package raises, the others must go on
-        return _NotImported(name, f"cannot be imported: {error}")
-    _check_backend(backend)
-    if backend.name != name:
-        raise ValueError(
-            f"the entry point {name!r} holds a backend named {backend.name!r}. Give both one name."
-        )
+        _check_backend(backend)
+        if backend.name != name:
+            raise ValueError(
+                f"its entry point {name!r} holds a backend named {backend.name!r}. Give both one name."
+            )
+        hash(backend)
+    except LookupError as error:
+        return _Unusable(name, str(error))
+    except Exception as error:  # attributes that raise, a name that is none
+        return _Unusable(name, f"is no backend: {_said(error)}")
     return backend
 
 
 @dataclass(eq=False)  # hashable, as backends are
-class _NotImported:
-    """Stands for an installed backend whose package lacks something: it refuses and says what."""
+class _Unusable:
+    """Stands for an installed backend that cannot be used: it refuses and says why."""
 
     name: str
     reason: str
@@ -363,7 +406,7 @@ def bridge_between(caller: str, framework: str) -> Bridge | None:
     """The bridge between two frameworks; None where they are the same.
 
     Raises:
-        LookupError: the package that holds it is not installed.
+        LookupError: the package that holds it is not installed, or broken.
     """
     if caller == framework:
         return None
@@ -371,8 +414,8 @@ def bridge_between(caller: str, framework: str) -> Bridge | None:
         return numpy_bridge.bridge
     if "torch" not in _entry_points(BRIDGES):
         raise LookupError(
-            f"carrying arrays between {caller} and {framework} needs the package heedful-torch: "
-            "pip install heedful-torch"
+            f"carrying arrays between {caller} and {framework} needs the package heedful-torch, which "
+            "is not installed here. Install it from where you have heedful"
         )
     return _load(BRIDGES, "torch")
 
@@ -388,10 +431,20 @@ def reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
             crossing += bridge.reasons(problem, framework)
     except LookupError as missing:
         crossing.append(str(missing))
-    own = backend.reasons(problem.compiled if framework == "jax" else problem)
-    if isinstance(own, str):
-        raise TypeError(f"{backend.name} must give its reasons as a list of strings. Got {own!r}.")
-    return (*crossing, *own)
+    return (*crossing, *_own_reasons(backend, problem.compiled if framework == "jax" else problem))
+
+
+def _own_reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
+    """What the backend itself says; where it fails to say, that is a reason."""
+    try:
+        own = backend.reasons(problem)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a broken backend raises, the others must go on
+        return (f"its reasons fails: {_said(error)}",)
+    if not isinstance(own, list | tuple) or not all(isinstance(reason, str) for reason in own):
+        return (f"it must give its reasons as a list of strings. Got {type(own).__name__}.",)
+    return tuple(own)
 
 
 def _verdict(backend: Backend, problem: Problem) -> Verdict:
@@ -435,8 +488,14 @@ def choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Back
 def explain_choice(problem: Problem, backend: str | Sequence[str] | None = None) -> Explanation:
     """What `choose` would do, and what every backend says."""
     names, source = _wanted(backend)
-    verdicts = {name: _verdict(b, problem) for name, b in backends().items()}
-    asked = [verdicts[name] for name in (_automatic(problem) if names is None else names)]
+    tried = _automatic(problem) if names is None else names
+    verdicts = {
+        name: _verdict(_backend(name), problem)
+        if name in tried or _is_at_hand(name)
+        else Verdict(name, ("not asked, and torch is not loaded: backend= asks it",))
+        for name in _names()
+    }
+    asked = [verdicts[name] for name in tried]
     chosen = _first(problem, asked, by_memory=names is None)
     if chosen is None:
         why = [f"none of {', '.join(v.name for v in asked)} accepts"]
@@ -449,6 +508,11 @@ def explain_choice(problem: Problem, backend: str | Sequence[str] | None = None)
     return Explanation(problem, name, "; ".join([source, *why]), tuple(verdicts.values()))
 
 
+def _is_at_hand(name: str) -> bool:
+    """Whether a backend can be asked without importing torch, which takes seconds."""
+    return name in _registered or not name.startswith("torch:") or "torch" in sys.modules
+
+
 def run(backend: Backend, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:
     """Computes the problem on the caller's arrays, across a bridge where the frameworks differ."""
     framework = backend.name.partition(":")[0]
@@ -456,12 +520,5 @@ def run(backend: Backend, problem: Problem, operands: Operands) -> tuple[Array, 
         problem, operands = problem.compiled, problem.as_operand(operands)
     bridge = bridge_between(problem.framework, framework)
     if bridge is None:
-        out, lse = backend.run(problem, operands)
-    else:
-        out, lse = bridge.run(backend, problem, operands)
-    if problem.return_lse and lse is None:
-        raise TypeError(
-            f"{backend.name} returned no lse, which the problem asks for. "
-            "A backend without one must say so in its reasons."
-        )
-    return out, lse
+        return checked_run(backend, problem, operands)
+    return bridge.run(backend, problem, operands)

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
 from heedful.problem import Array, Operands, Problem
+from heedful.results import checked_gradients, checked_run
 
 if TYPE_CHECKING:
     from heedful.dispatch import Backend  # which imports this file
@@ -62,8 +63,8 @@ def _run_in_jax(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     # Inside somebody's jit, NumPy arrays are constants: they are computed with at once, not traced.
     with jax.ensure_compile_time_eval():
-        results = backend.run(problem, jax.device_put(operands, _cpu()))
-        return jax.tree.map(np.array, results)  # copies: the caller may write to them
+        answer = checked_run(backend, problem, jax.device_put(operands, _cpu()))
+        return jax.tree.map(np.array, answer)  # copies: the caller may write to them
 
 
 # JAX arrays on a NumPy backend
@@ -75,8 +76,7 @@ def _run_in_numpy(
     backend: "Backend", problem: Problem, operands: Operands
 ) -> tuple[jax.Array, jax.Array | None]:
     def run(operands: Operands) -> tuple[np.ndarray, np.ndarray | None]:
-        out, lse = backend.run(problem, operands)
-        return out, lse if problem.return_lse else None
+        return checked_run(backend, problem, operands)
 
     queries = (problem.batch, problem.q_heads, problem.q_length)
     out = jax.ShapeDtypeStruct((*queries, problem.value_dim), problem.dtype)
@@ -104,11 +104,11 @@ def _gradients_in_numpy(
 ) -> tuple[Operands]:
     def gradients(
         operands: Operands, cotangents: tuple[np.ndarray, np.ndarray | None]
-    ) -> tuple[np.ndarray, ...]:
+    ) -> tuple[Array, Array, Array, Array | None]:
         dout, dlse = cotangents
         if dlse is None:
             dlse = np.zeros(dout.shape[:3], problem.accumulator)
-        return backend.gradients(problem, operands, dout, dlse)
+        return checked_gradients(backend, problem, operands, dout, dlse)
 
     differentiable = (operands.q, operands.k, operands.v, operands.bias)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), differentiable)

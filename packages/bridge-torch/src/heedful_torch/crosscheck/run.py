@@ -14,6 +14,7 @@ import numpy as np
 
 import heedful
 from heedful import Refusal
+from heedful.results import WrongResult
 from heedful_torch.crosscheck.ask import ask, framework
 from heedful_torch.crosscheck.cases import Case, InputError
 from heedful_torch.crosscheck.question import Question
@@ -140,7 +141,8 @@ def outcome(name: str, question: Question) -> Outcome:
     except Refusal as refusal:
         return replace(result, reasons=tuple(refusal.reasons[name]))
     except Exception as error:  # a backend that raises fails; the others go on
-        faults = [(None, f"raised {type(error).__name__}: {error}")]
+        tensor = error.tensor if isinstance(error, WrongResult) else None
+        faults = [(tensor, f"raised {type(error).__name__}: {error}")]
     losses = [(t, said) for t, found in result.judgements.items() for said in found.losses]
     failures, lost = (
         tuple(Failure(name, case.name, dtype, tensor, said) for tensor, said in found)

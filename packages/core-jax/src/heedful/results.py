@@ -1,0 +1,111 @@
+"""What a backend gives back, checked where it is called, whoever's arrays the caller has.
+
+A wrong answer of the right form is the crosscheck's business. Of the wrong form it would be unpacked,
+broadcast or cast on its way out, and reach the caller as somebody else's error, or as none.
+"""
+
+from typing import Any
+
+import jax
+
+from heedful.problem import Array, Operands, Problem, dtype_of, framework_of, shape_of
+
+
+class WrongResult(TypeError):
+    """A backend returned something else than its protocol says.
+
+    Attributes:
+        backend: its name.
+        tensor: "out", "lse", "dq", "dk", "dv" or "dbias"; None where it is about all of them.
+    """
+
+    def __init__(self, message: str, backend: str, tensor: str | None = None):
+        super().__init__(message, backend, tensor)
+        self.backend, self.tensor = backend, tensor
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def checked_run(backend: Any, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:
+    """`backend.run`: out, and lse where the problem asks for it.
+
+    Raises:
+        WrongResult: it returned something else.
+    """
+    answer = backend.run(problem, operands)
+    out, lse = _items(answer, f"{backend.name}.run", ("out", "lse"), backend.name)
+    queries = (problem.batch, problem.q_heads, problem.q_length)
+    _check(backend, "out", out, (*queries, problem.value_dim), problem.dtype, operands.q)
+    if not problem.return_lse:
+        return out, None
+    if lse is None:
+        raise WrongResult(
+            f"{backend.name} returned no lse, which the problem asks for. "
+            "A backend without one must say so in its reasons.",
+            backend.name,
+            "lse",
+        )
+    _check(backend, "lse", lse, queries, problem.accumulator, operands.q)
+    return out, lse
+
+
+def checked_gradients(
+    backend: Any, problem: Problem, operands: Operands, out_cotangent: Array, lse_cotangent: Array
+) -> tuple[Array, Array, Array, Array | None]:
+    """`backend.gradients` of a NumPy backend: dq, dk, dv, and dbias where there is a bias.
+
+    Raises:
+        WrongResult: it returned something else.
+    """
+    answer = backend.gradients(problem, operands, out_cotangent, lse_cotangent)
+    names = ("dq", "dk", "dv", "dbias")
+    found = _items(answer, f"{backend.name}.gradients", names, backend.name)
+    for name, x, like in zip(names, found, (*operands[:3], operands.bias), strict=True):
+        if like is not None:
+            _check(backend, name, x, shape_of(like), dtype_of(like), operands.q)
+    dq, dk, dv, dbias = found
+    return dq, dk, dv, None if operands.bias is None else dbias
+
+
+def _items(answer: Any, function: str, names: tuple[str, ...], backend: str) -> tuple[Any, ...]:
+    if not isinstance(answer, tuple) or len(answer) != len(names):
+        got = type(answer).__name__
+        if isinstance(answer, tuple | list):
+            got = f"a {got} of {len(answer)}"
+        raise WrongResult(
+            f"{function} must return a tuple of {len(names)}: {', '.join(names)}. Got {got}.",
+            backend,
+        )
+    return answer
+
+
+def _check(
+    backend: Any, tensor: str, x: Any, shape: tuple[Any, ...], dtype: str, beside: Array
+) -> None:
+    framework = backend.name.partition(":")[0]
+    kind = framework_of(x)
+    if kind != framework:
+        got = type(x).__name__ if kind is None else f"an array of {kind}"
+    elif (dtype_of(x), shape_of(x)) != (dtype, tuple(shape)):
+        got = f"{dtype_of(x)} {shape_of(x)}"
+    elif (place := _place(x)) != (there := _place(beside)) and None not in (place, there):
+        got = f"one on {place}, and q lies on {there}"
+    else:
+        return
+    raise WrongResult(
+        f"{backend.name} returned the wrong {tensor}: expected {dtype} {tuple(shape)} of {framework}, "
+        f"where q lies. Got {got}.",
+        backend.name,
+        tensor,
+    )
+
+
+def _place(x: Array) -> str | None:
+    """The device, as text to compare; None where there is none, or where JAX is free to move it."""
+    match framework_of(x):
+        case "torch":
+            return str(x.device)
+        case "jax" if not isinstance(x, jax.core.Tracer) and getattr(x, "committed", False):
+            return ", ".join(sorted(str(device) for device in x.devices()))
+    return None
