@@ -7,6 +7,7 @@ import numpy as np
 
 from heedful import dispatch, torch_compile
 from heedful.dispatch import Explanation
+from heedful.explicit_mesh import spread_like_its_arrays
 from heedful.problem import Array, Options, Problem, dtype_of, framework_of
 
 
@@ -68,8 +69,13 @@ def _attend(
 ) -> Array | tuple[Array, Array]:
     problem = Problem.of(q, k, v, **options)
     chosen = dispatch.choose(problem, backend)
-    operands = problem.canonical(q, k, v, **options)
-    return problem.restore(*dispatch.run(chosen, problem, operands))
+    arrays = {name: x for name, x in options.items() if framework_of(x) is not None}
+
+    def call(arrays: dict[str, Any]) -> Array | tuple[Array, Array]:
+        operands = problem.canonical(**{**options, **arrays})
+        return problem.restore(*dispatch.run(chosen, problem, operands))
+
+    return spread_like_its_arrays(call, problem, {"q": q, "k": k, "v": v, **arrays})
 
 
 _attend_in_graph = _attend

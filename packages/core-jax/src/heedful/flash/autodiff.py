@@ -20,12 +20,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# Private, but how JAX's own partitioned primitives ask to be told the mesh (0.10 to 0.12).
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from heedful.flash.cotangent import cotangent
 from heedful.flash.forward import Kept, forward
+from heedful.flash.partition import lowering, varying_alike
 from heedful.flash.tangent import tangent
 from heedful.flash.tiles import Tiles
 from heedful.problem import Array, Operands, Problem
@@ -45,7 +50,7 @@ def flash(problem: Problem, operands: Operands, tiles: Tiles | None = None) -> t
         rows = (problem.batch, problem.q_heads, problem.q_length)
         out = jnp.zeros((*rows, problem.value_dim), problem.dtype)
         return out, jnp.full(rows, -jnp.inf, problem.accumulator)
-    leaves, tree = jax.tree.flatten(operands)
+    leaves, tree = jax.tree.flatten(varying_alike(operands))
     return _results(
         *forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles), problem.dtype
     )
@@ -83,23 +88,51 @@ def _cotangent(*flat: Array, tree: Any, **options: Any) -> list[Array]:
     )
 
 
-def _primitive(name: str, implementation: Callable[..., list[Array]], *params: str) -> Primitive:
+# What they return, said without tracing them: outside of a jit, `jax.grad` asks at every call.
+
+
+def _like(aval: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """An array type that is spread, and varies within a `shard_map`, as another does."""
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec())
+    return aval.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def _kept(*avals: Any, problem: Problem, **_: Any) -> list[Any]:
+    rows = (problem.batch, problem.q_heads, problem.q_length)
+    shapes = (*rows, problem.value_dim), rows, rows
+    return [_like(avals[0], shape, problem.accumulator) for shape in shapes]
+
+
+def _out_and_l(*avals: Any, **params: Any) -> list[Any]:
+    out, _, l = _kept(*avals, **params)
+    return [out, l]
+
+
+def _gradients(*avals: Any, problem: Problem, tree: Any, of_bias: bool, **_: Any) -> list[Any]:
+    operands = jax.tree.unflatten(tree, avals[: tree.num_leaves])
+    moving = (operands.q, operands.k, operands.v, *([operands.bias] if of_bias else []))
+    return [_like(x, x.shape, x.dtype) for x in moving]
+
+
+def _primitive(
+    name: str,
+    implementation: Callable[..., list[Array]],
+    results: Callable[..., list[Any]],
+    *params: str,
+) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(jax.jit(implementation, static_argnames=params))
-
-    def shapes(*avals: Any, **given: Any) -> list[Any]:
-        results = jax.eval_shape(partial(implementation, **given), *avals)
-        return [jax.core.ShapedArray(x.shape, x.dtype) for x in results]
-
-    primitive.def_abstract_eval(shapes)
-    mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=True))
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=params))
+    primitive.def_abstract_eval(results)
+    mlir.register_lowering(primitive, lowering(implementation))
+    prim_requires_devices_during_lowering.add(primitive)
     return primitive
 
 
-forward_p = _primitive("heedful_forward", _forward, "problem", "tree", "tiles")
-tangent_p = _primitive("heedful_tangent", _tangent, "problem", "tree", "tiles", "of_bias")
-cotangent_p = _primitive("heedful_cotangent", _cotangent, "problem", "tree", "tiles", "of_bias")
+PARAMS = ("problem", "tree", "tiles")
+forward_p = _primitive("heedful_forward", _forward, _kept, *PARAMS)
+tangent_p = _primitive("heedful_tangent", _tangent, _out_and_l, *PARAMS, "of_bias")
+cotangent_p = _primitive("heedful_cotangent", _cotangent, _gradients, *PARAMS, "of_bias")
 
 
 # Differentiation

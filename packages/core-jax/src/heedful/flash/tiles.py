@@ -37,6 +37,8 @@ class Tiles(NamedTuple):
 
 def tile_sizes(problem: Problem) -> Tiles:
     """Tiles of about TILE_BYTES, that cut each axis into parts as equal as can be."""
+    if not all(isinstance(n, int) for n in (problem.batch, problem.q_length, problem.kv_length)):
+        return _symbolic_tile_sizes(problem)
     scores = TILE_BYTES // jnp.dtype(problem.accumulator).itemsize
     # The query heads of a group stand below one another in a tile, so they count as queries.
     shared = max(scores // (problem.group * TILE_KEYS), FEWEST_QUERIES)
@@ -54,6 +56,17 @@ def tile_sizes(problem: Problem) -> Tiles:
     return Tiles(batch, kv_heads, queries, keys)
 
 
+def _symbolic_tile_sizes(problem: Problem) -> Tiles:
+    """Tiles that fit whatever numbers the symbols of `jax.export` will stand for, one batch row each."""
+    scores = TILE_BYTES // jnp.dtype(problem.accumulator).itemsize
+    shared = max(scores // (problem.group * TILE_KEYS), FEWEST_QUERIES)
+    largest = min(TILE_QUERIES, shared)
+    heads = max(scores // (problem.group * largest * TILE_KEYS), 1)
+    queries = jax.core.min_dim(problem.q_length, largest)
+    keys = jax.core.min_dim(problem.kv_length, TILE_KEYS)
+    return Tiles(1, _divisor(problem.kv_heads, heads), queries, keys)
+
+
 def _even(length: int, largest: int) -> int:
     """The size that cuts a length into the fewest tiles of at most `largest`, as equal as can be."""
     return math.ceil(length / math.ceil(length / largest))
@@ -65,7 +78,7 @@ def _divisor(number: int, largest: int) -> int:
 
 def count(length: int, size: int) -> int:
     """How many tiles of a size cover a length."""
-    return math.ceil(length / size)
+    return -(-length // size)
 
 
 def count_up(n: int) -> Array:
