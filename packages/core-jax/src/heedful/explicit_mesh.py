@@ -1,8 +1,8 @@
 """Calls on a mesh with explicit axes, where JAX asks every operation how its result is spread.
 
-`jax.make_mesh` makes such axes by default. Attention's answer is known beforehand: out is spread as q is,
-and where q is whole, as k and v are. So it is given once, for the whole call, and within the call the axes
-are automatic: no backend needs to know of them.
+`jax.make_mesh` makes such axes by default. Attention's answer is known beforehand: out is spread as q
+is, and where q is whole, as k and v are. So it is given once, for the whole call, and within the call
+the axes are automatic: no backend needs to know of them.
 """
 
 from collections.abc import Callable, Sequence

@@ -505,6 +505,8 @@ def _devices(x: Array) -> str | None:
     if framework_of(x) == "torch":
         return str(x.device)
     if framework_of(x) == "jax" and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        if not x.committed:  # JAX moves it to where the others are, as it does a number
+            return None
         return ", ".join(sorted(str(d) for d in x.devices()))
     return None
 

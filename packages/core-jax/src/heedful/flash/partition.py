@@ -1,8 +1,8 @@
 """How the three primitives are lowered, and spread over devices: by batch rows and by heads.
 
 A row of the batch and a key head with its query heads are computed from nothing but their own part of
-each operand, so devices that hold such parts need not talk. XLA cannot see that in loops over tiles: left
-alone, it gathers every operand on every device. So where a computation runs on several devices, a
+each operand, so devices that hold such parts need not talk. XLA cannot see that in loops over tiles:
+left alone, it gathers every operand on every device. So where a computation runs on several devices, a
 primitive is lowered to a call that tells the partitioner which axes may be cut, and that is traced anew
 for the part of one device, whose tiles are then sized for that part.
 
@@ -14,6 +14,7 @@ over devices: that one is communicated.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,9 +42,10 @@ def lowering(implementation: Implementation) -> Callable[..., Any]:
 
     def rule(ctx: Any, *args: Any, **params: Any) -> Any:
         bare = [jax.core.ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
-        function: Any = lambda *arrays: implementation(*arrays, **params)
-        if _is_spread(ctx):
-            function = _partitioned(implementation, params)
+        spread = _is_spread(ctx)
+        function = (
+            _partitioned(implementation, params) if spread else partial(implementation, **params)
+        )
         return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=bare), *args)
 
     return rule
@@ -52,8 +54,8 @@ def lowering(implementation: Implementation) -> Callable[..., Any]:
 def varying_alike(arrays: Any) -> Any:
     """Within a `shard_map` that checks what varies: every leaf varies where any of them does.
 
-    JAX makes this cast before its own operations. Its transpose is the sum over devices that the gradient
-    of a leaf needs which they share.
+    JAX makes this cast before its own operations. Its transpose is the sum over devices that the
+    gradient of a leaf needs which they share.
     """
     leaves = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.core.Tracer)]
     varies = frozenset().union(*(jax.typeof(x).mat.varying for x in leaves))
