@@ -192,5 +192,5 @@ def _shardy_rule(
         return ArrayMapping(*factors)
 
     mappings = tuple(map(mapping, args)), tuple(map(mapping, results))
-    sizes = {"group": problem.group} if problem.group > 1 else {}
+    sizes: dict[str, Any] = {"group": problem.group} if problem.group > 1 else {}
     return SdyShardingRule(*mappings, need_replication_factors=tuple(whole), **sizes)
