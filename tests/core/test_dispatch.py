@@ -42,6 +42,18 @@ class Fake:
 @pytest.fixture(autouse=True)
 def nobody_asks(monkeypatch):
     monkeypatch.delenv("HEEDFUL_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_environment", None)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets HEEDFUL_BACKEND as if before the import."""
+
+    def environment(text):
+        monkeypatch.setenv("HEEDFUL_BACKEND", text)
+        monkeypatch.setattr(dispatch, "_environment", text)
+
+    return environment
 
 
 @pytest.fixture
@@ -118,8 +130,8 @@ def test_wrong_names(backend, error, message):
 
 
 @pytest.mark.usefixtures("fakes")
-def test_the_argument_goes_before_the_block_before_the_environment(monkeypatch):
-    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:one")
+def test_the_argument_goes_before_the_block_before_the_environment(environment):
+    environment("jax:one")
     assert who() == 1
     with use_backend("jax:two"):
         assert who() == 2
@@ -131,19 +143,33 @@ def test_the_argument_goes_before_the_block_before_the_environment(monkeypatch):
 
 
 @pytest.mark.usefixtures("fakes")
-def test_the_environment_takes_a_list_and_its_mistakes_are_told(monkeypatch):
-    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:unable, jax:two")
+def test_the_environment_takes_a_list_and_its_mistakes_are_told(environment):
+    environment("jax:unable, jax:two")
     assert who() == 2
-    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:unable")
+    environment("jax:unable")
     with pytest.raises(
         Refusal, match=r"jax:unable \(asked for by HEEDFUL_BACKEND\) cannot compute"
     ):
         who()
-    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:too")
+    environment("jax:too")
     with pytest.raises(ValueError, match="no backend is named 'jax:too'"):
         who()
-    monkeypatch.setenv("HEEDFUL_BACKEND", "")
+    environment(" , ")
+    with pytest.raises(ValueError, match=r"HEEDFUL_BACKEND must hold names .* Got ' , '"):
+        who()
+    environment("")
     assert explain(Q, Q, Q).why == "the automatic choice"
+
+
+def test_the_environment_is_read_once_and_a_change_of_it_is_told(monkeypatch):
+    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:plain")
+    with pytest.raises(
+        RuntimeError, match="was None when heedful was imported, and is 'jax:plain'"
+    ):
+        who()
+    assert who(backend="jax:plain") == 1
+    with use_backend("jax:plain"):
+        assert who() == 1
 
 
 @pytest.mark.usefixtures("fakes")
@@ -183,6 +209,107 @@ def test_threads_and_tasks_have_their_own_choice():
 
         assert in_thread(own) == 1
         assert who() == 2
+
+
+# What JAX has compiled is kept apart by the choice
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("around", ["nothing", "grad", "vmap", "scan", "checkpoint"])
+def test_a_jitted_function_is_traced_anew_under_another_choice(around):
+    traced = 0
+
+    def call(q):
+        nonlocal traced
+        traced += 1
+        return attention(q, q, q)
+
+    wrapped = {
+        "nothing": call,
+        "grad": jax.grad(lambda q: (call(q) * q).sum()),  # the fakes' gradient is that of q alone
+        "vmap": lambda q: jax.vmap(call)(q[None])[0],
+        "scan": lambda q: jax.lax.scan(lambda c, q: (c, call(q)), 0, q[None])[1][0],
+        "checkpoint": jax.checkpoint(call),
+    }[around]
+    f = jax.jit(wrapped)
+
+    def number():
+        return float(f(Q)[0, 0, 0, 0])
+
+    with use_backend("jax:one"):
+        assert number() == 1
+    with use_backend("jax:two"):
+        assert number() == 2
+        with use_backend(["jax:unable", "jax:one"]):
+            assert number() == 1
+        with use_backend("jax:unable"), pytest.raises(Refusal, match="asked for by use_backend"):
+            number()
+        assert number() == 2
+    before = traced
+    for name, result in (("jax:one", 1), ("jax:two", 2)):
+        with use_backend(name):
+            assert number() == result
+    assert traced == before  # each choice once
+
+
+def test_a_jitted_function_that_ran_by_another_backend_refuses():
+    f = jax.jit(lambda q: attention(q, q, q, softcap=5.0))
+    f(Q)
+    with use_backend("jax:nn-xla"), pytest.raises(Refusal, match="no softcap"):
+        f(Q)
+    f(Q)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_thread_opens_the_block_of_its_own():
+    f = jax.jit(lambda q: attention(q, q, q))
+    found = []
+
+    def work():
+        found.append(float(f(Q)[0, 0, 0, 0]))
+
+    with use_backend("jax:one"):
+        for target in (use_backend("jax:two")(work), use_backend("jax:one")(work), work):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        work()
+    assert found == [2, 1, 1, 1]  # without a block: of the automatic choice, where all is 1
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_block_of_another_thread_or_task_is_not_traced():
+    def trace():
+        with pytest.raises(RuntimeError, match="in another thread or task"):
+            jax.jit(lambda q: attention(q, q, q))(Q)
+        assert who() == 2  # outside of a trace the context is enough
+        jax.jit(lambda q: attention(q, q, q, backend="jax:one"))(Q)
+
+    with use_backend("jax:two"):
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(trace,))
+        thread.start()
+        thread.join()
+
+    async def task(name, other):
+        with use_backend(name):
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="in another thread or task"):
+                jax.jit(lambda q: attention(q, q, q))(Q)
+            other.set()
+            await asyncio.sleep(0)
+
+    async def tasks():
+        first, second = asyncio.Event(), asyncio.Event()
+
+        async def both(name, mine, others):
+            await task(name, mine)
+            await others.wait()
+
+        await asyncio.gather(both("jax:one", first, second), both("jax:two", second, first))
+        with use_backend("jax:two"):  # all are closed: nothing of them is left
+            assert float(jax.jit(lambda q: attention(q, q, q))(Q)[0, 0, 0, 0]) == 2
+
+    asyncio.run(tasks())
 
 
 # The automatic choice

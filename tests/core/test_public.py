@@ -107,6 +107,16 @@ def test_an_explanation_for_jax_arrays_loads_no_torch():
     assert run(script) == ["False", "True"]
 
 
+def test_the_environment_names_the_backend(monkeypatch):
+    monkeypatch.setenv("HEEDFUL_BACKEND", "jax:nn-cudnn, jax:plain")
+    script = """
+        import heedful, numpy as np
+        q = np.ones((2, 3), np.float32)
+        print(heedful.explain(q, q, q).why)
+    """
+    assert run(script) == ["asked", "for", "by", "HEEDFUL_BACKEND;", "jax:nn-cudnn", "refused"]
+
+
 def test_importing_does_not_start_jax():
     script = """
         import heedful

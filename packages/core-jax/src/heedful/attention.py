@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+import jax
 import numpy as np
 
 from heedful import dispatch, torch_compile
@@ -30,7 +31,7 @@ def attention(
         v: values, (B, Hkv, Sk, Dv).
         backend: a name such as "jax:flash", which runs or raises; a list of names, of which the first
             able one runs; or None: the innermost `use_backend`, else the environment variable
-            HEEDFUL_BACKEND, else the automatic choice.
+            HEEDFUL_BACKEND as it was when heedful was imported, else the automatic choice.
         mask: boolean, True = visible, broadcastable to (B, Hq, Sq, Sk), or (B, Sk) for keys alone;
             where q has several batch axes, over each of them by itself, as bias and lengths too.
         bias: added to the scores, broadcastable to (B, Hq, Sq, Sk); differentiable.
@@ -67,6 +68,8 @@ def _attend(
     options: Options,
     _ambient: Any,  # on which torch.compile guards: a graph is for one of them
 ) -> Array | tuple[Array, Array]:
+    if backend is None and any(isinstance(x, jax.core.Tracer) for x in (q, k, v)):
+        dispatch.check_trace()
     problem = Problem.of(q, k, v, **options)
     chosen = dispatch.choose(problem, backend)
     arrays = {name: x for name, x in options.items() if framework_of(x) is not None}

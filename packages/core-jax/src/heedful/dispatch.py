@@ -4,6 +4,7 @@ import math
 import operator
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -239,7 +240,45 @@ def backends() -> Mapping[str, Backend]:
 
 # The choice
 
-_preferred: ContextVar[tuple[str, ...] | None] = ContextVar("heedful_backend", default=None)
+_environment = os.environ.get(
+    ENVIRONMENT
+)  # read once: what is compiled holds for the whole process
+
+# The blocks of `use_backend` that are open here, outermost first.
+_blocks: ContextVar[tuple[tuple[str, ...], ...]] = ContextVar("heedful_blocks", default=())
+
+# The same for JAX, which keeps what it compiled by this value among others: a function that was traced
+# under one choice is traced anew under another. JAX has one value a thread, so it is not to be had from
+# `_blocks`, which a copied context takes along into another thread, and each asyncio task has its own.
+_traced_under: Any = jax.make_user_context(default_value=None)
+_MIXED = "the blocks of several tasks"
+
+
+class _Opened(threading.local):
+    """The blocks that were opened in this thread and are open still, in whichever task."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[str, ...]] = []
+
+
+_opened = _Opened()
+
+
+def _preferred() -> tuple[str, ...] | None:
+    """What the innermost block asks for."""
+    blocks = _blocks.get()
+    return blocks[-1] if blocks else None
+
+
+def check_trace() -> None:
+    """Refuses a choice that JAX, which is tracing, would keep under another one's name."""
+    if _traced_under.value == _preferred():
+        return
+    raise RuntimeError(
+        "the block of use_backend around this call was opened in another thread or task, which JAX's "
+        "cache of compiled functions cannot know. Open it here, around what is compiled, or name the "
+        "backend by backend=."
+    )
 
 
 class _Ambient:
@@ -249,26 +288,51 @@ class _Ambient:
     function of C stands behind it.
     """
 
-    names: Any = property(_preferred.get)  # with the object itself as default
+    blocks: Any = property(_blocks.get)  # with the object itself as default
 
 
 _ambient = _Ambient()
 
 
-def ambient() -> tuple[tuple[str, ...] | None, str | None]:
+def ambient() -> tuple[Any, str | None]:
     """What a call without `backend=` is asked to take, by `use_backend` and by the environment."""
-    names = _ambient.names
-    return None if names is _ambient else names, os.environ.get(ENVIRONMENT)
+    blocks = _ambient.blocks
+    return None if blocks is _ambient else blocks, os.environ.get(ENVIRONMENT)
 
 
 @contextmanager
 def use_backend(name: str | Sequence[str]) -> Iterator[None]:
-    """Within the block, calls without `backend=` use this backend, or the first able one of a list."""
-    token = _preferred.set(_as_names(name, "asked for by use_backend"))
+    """Within the block, calls without `backend=` use this backend, or the first able one of a list.
+
+    What JAX compiles is kept apart by it: a jitted function is traced anew under each choice, once. The
+    block is that of its thread and of its asyncio task. A thread that is started within it knows nothing
+    of it; a block is also a decorator, which opens it there:
+
+        Thread(target=heedful.use_backend("jax:plain")(work))
+
+    A task that is suspended within its block, while another runs in the same thread, must not be traced
+    there: a call that notices raises. Functions that are compiled already do not notice.
+    """
+    names = _as_names(name, "asked for by use_backend")
+    token = _blocks.set((*_blocks.get(), names))
+    _opened.blocks.append(names)
+    _tell_jax()
     try:
         yield
     finally:
-        _preferred.reset(token)
+        innermost = len(_opened.blocks) - 1 - _opened.blocks[::-1].index(names)
+        del _opened.blocks[innermost]
+        _blocks.reset(token)
+        _tell_jax()
+
+
+def _tell_jax() -> None:
+    opened, blocks = _opened.blocks, _blocks.get()
+    if tuple(opened) == blocks[len(blocks) - len(opened) :]:
+        value = opened[-1] if opened else None
+    else:  # tasks take turns in this thread
+        value = _MIXED
+    _traced_under(value).__enter__()  # sets it; __exit__ would bring back what another task had set
 
 
 UNKNOWN = 2**63  # bytes: more than any machine has
@@ -354,10 +418,20 @@ def _wanted(backend: str | Sequence[str] | None) -> tuple[tuple[str, ...] | None
     """The names that are asked for, None for the automatic choice, and who asks."""
     if backend is not None:
         return _as_names(backend, source := "asked for by backend="), source
-    if (preferred := _preferred.get()) is not None:
+    if (preferred := _preferred()) is not None:
         return preferred, "asked for by use_backend"
-    if text := os.environ.get(ENVIRONMENT):
-        names = [name.strip() for name in text.split(",") if name.strip()]
+    if os.environ.get(ENVIRONMENT) != _environment:
+        raise RuntimeError(
+            f"{ENVIRONMENT} was {_environment!r} when heedful was imported, and is "
+            f"{os.environ.get(ENVIRONMENT)!r} now. What is compiled would not notice: set it before "
+            "Python starts, or use heedful.use_backend."
+        )
+    if _environment:
+        names = [name.strip() for name in _environment.split(",") if name.strip()]
+        if not names:
+            raise ValueError(
+                f"{ENVIRONMENT} must hold names of backends, separated by commas. Got {_environment!r}."
+            )
         return _as_names(names, source := f"asked for by {ENVIRONMENT}"), source
     return None, "the automatic choice"
 
