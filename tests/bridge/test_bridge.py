@@ -367,3 +367,53 @@ def test_jax_on_torch_backends_on_a_gpu():
     truth = reference.attention(*arrays, np.ones((2, 4, 6, 8)), causal=True)[2:5]
     for x, y in zip(gradients(q, k, v), truth, strict=True):
         np.testing.assert_allclose(np.asarray(x, np.float64), y, atol=5e-2)
+
+
+# Tensors that are no dense memory
+
+
+def no_dense_memory():
+    x, rows = torch.ones(1, 2, 4, 8), [torch.ones(2, 8), torch.ones(4, 8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls some of these prototypes
+        return [
+            ("sparse", x.to_sparse()),
+            ("sparse rows", torch.ones(4, 8).to_sparse_csr()),
+            ("mkldnn", x.to_mkldnn()),
+            ("nested", torch.nested.nested_tensor(rows)),
+            ("jagged", torch.nested.nested_tensor(rows, layout=torch.jagged)),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "x"), no_dense_memory(), ids=lambda x: x if isinstance(x, str) else ""
+)
+@pytest.mark.parametrize(
+    "name", ["q", "k", "v", "mask", "bias", "q_lengths", "kv_lengths", "q_offset"]
+)
+def test_a_tensor_that_is_no_dense_memory_is_refused(kind, x, name):
+    dense = torch.ones(1, 2, 4, 8)
+    arrays = {"q": dense, "k": dense, "v": dense, "causal": True} | {name: x}
+    for call in (heedful.attention, heedful.explain):
+        with pytest.raises(TypeError, match=f"^{name} must be a dense tensor. Got "):
+            call(**arrays)
+
+
+def test_a_numpy_backend_cannot_write_into_a_tensor():
+    class Writer:
+        name = "numpy:writer"
+
+        def reasons(self, problem):
+            return ()
+
+        def run(self, problem, operands):
+            operands.q[...] = 2
+
+    q = torch.ones(1, 2, 4, 8)
+    heedful.register(Writer())
+    try:
+        with pytest.raises(ValueError, match="read-only"):
+            heedful.attention(q, q, q, backend="numpy:writer")
+    finally:
+        heedful.unregister("numpy:writer")
+    assert (q == 1).all()

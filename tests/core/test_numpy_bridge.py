@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from heedful import oracle
+from heedful import dispatch, oracle
 from heedful.backends.jax_plain import backend as jax_plain
 from heedful.backends.numpy_oracle import backend as numpy_oracle
 from heedful.numpy_bridge import bridge
@@ -249,6 +249,67 @@ def test_a_backend_that_breaks_its_promise(change, message):
     arrays = [jnp.asarray(x) for x in draw_arrays()]
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(call(ForwardAlone(change), *arrays, return_lse=True))
+
+
+def run(backend, q, k, v, **options):
+    problem = Problem.of(q, k, v, **options)
+    return dispatch.run(backend, problem, problem.canonical(q, k, v, **options))
+
+
+class Writer:
+    """Writes into what it is handed."""
+
+    name = "numpy:writer"
+
+    def __init__(self, field):
+        self.field = field
+
+    def reasons(self, problem):
+        return ()
+
+    def run(self, problem, operands):
+        if (x := getattr(operands, self.field, None)) is not None:
+            x[...] = 2
+        return numpy_oracle.run(problem, operands)
+
+    def gradients(self, problem, operands, out_cotangent, lse_cotangent):
+        {"dout": out_cotangent, "dlse": lse_cotangent}[self.field][...] = 2
+        return numpy_oracle.gradients(problem, operands, out_cotangent, lse_cotangent)
+
+
+@pytest.mark.parametrize("field", ["q", "k", "v", "mask", "bias", "kv_lengths"])
+@pytest.mark.parametrize("convert", [np.array, jnp.asarray], ids=["numpy", "jax"])
+def test_a_backend_cannot_write_into_what_it_is_handed(field, convert):
+    arrays = [convert(x) for x in draw_arrays()]
+    batch, heads, queries, keys = 2, 4, 5, arrays[1].shape[2]
+    options = {
+        "mask": convert(np.ones((batch, 1, queries, keys), bool)),
+        "bias": convert(np.ones((1, heads, queries, keys), np.float32)),
+        "kv_lengths": convert(np.full(batch, keys, np.int32)),
+    }
+    before = [np.array(x) for x in (*arrays, *options.values())]
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="read-only"):
+        jax.block_until_ready(run(Writer(field), *arrays, **options))
+    for x, y in zip(before, (*arrays, *options.values()), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("field", ["dout", "dlse"])
+def test_a_backend_cannot_write_into_its_cotangents(field):
+    q, k, v = map(jnp.asarray, draw_arrays())
+    with pytest.raises(jax.errors.JaxRuntimeError, match="read-only"):
+        jax.block_until_ready(jax.grad(lambda q: call(Writer(field), q, k, v)[0].sum())(q))
+
+
+def test_what_a_backend_returns_is_not_the_callers_memory():
+    class Echo(ForwardAlone):
+        def run(self, problem, operands):
+            return operands.q, np.zeros(operands.q.shape[:3], np.float32)
+
+    q = np.ones((1, 2, 3, 4), np.float32)
+    out, _ = run(Echo(), q, q, q, return_lse=True)
+    out[...] = 5
+    assert (q == 1).all()
 
 
 def test_an_accelerator_is_refused():

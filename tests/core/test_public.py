@@ -117,6 +117,27 @@ def test_the_environment_names_the_backend(monkeypatch):
     assert run(script) == ["asked", "for", "by", "HEEDFUL_BACKEND;", "jax:nn-cudnn", "refused"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork; Linux's CI does")
+def test_a_forked_child_is_told_at_once_instead_of_hanging():
+    script = """
+        import os, warnings, heedful, numpy as np
+        warnings.simplefilter("ignore")  # JAX's own, at the fork
+        q = np.ones((2, 3), np.float32)
+        heedful.attention(q, q, q, backend="jax:flash")
+        child = os.fork()
+        if child == 0:
+            try:
+                heedful.attention(q, q, q, backend="jax:flash")
+            except heedful.Refusal as refusal:
+                print("forked" in str(refusal), heedful.explain(q, q, q).chosen)
+            print(heedful.attention(q, q, q)[0, 0], flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        print(heedful.attention(q, q, q, backend="jax:flash")[0, 0])
+    """
+    assert run(script) == ["True", "numpy:oracle", "1.0", "1.0"]
+
+
 def test_importing_does_not_start_jax():
     script = """
         import heedful

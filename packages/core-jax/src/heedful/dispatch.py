@@ -328,10 +328,11 @@ def use_backend(name: str | Sequence[str]) -> Iterator[None]:
 
 def _tell_jax() -> None:
     opened, blocks = _opened.blocks, _blocks.get()
+    value: tuple[str, ...] | None
     if tuple(opened) == blocks[len(blocks) - len(opened) :]:
         value = opened[-1] if opened else None
     else:  # tasks take turns in this thread
-        value = _MIXED
+        value = (_MIXED,)
     _traced_under(value).__enter__()  # sets it; __exit__ would bring back what another task had set
 
 
@@ -494,10 +495,29 @@ def bridge_between(caller: str, framework: str) -> Bridge | None:
     return _load(BRIDGES, "torch")
 
 
+_jax_has_run = False
+_is_forked = False  # from a process in which JAX had run
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = _is_forked or _jax_has_run
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
     """Everything that keeps the backend from the problem: the crossing's reasons, then its own."""
     framework = backend.name.partition(":")[0]
     crossing: list[str] = []
+    if _is_forked and "jax" in (framework, problem.framework):
+        crossing.append(
+            "this process was forked from one in which JAX had run, whose threads do not come along: "
+            'the call would hang. Start it by "spawn" or "forkserver" (multiprocessing.get_context, '
+            "DataLoader's multiprocessing_context)"
+        )
     if framework == "jax" and jax.dtypes.canonicalize_dtype(problem.dtype) != problem.dtype:
         crossing.append('float64 needs jax.config.update("jax_enable_x64", True)')
     try:
@@ -590,6 +610,8 @@ def _is_at_hand(name: str) -> bool:
 def run(backend: Backend, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:
     """Computes the problem on the caller's arrays, across a bridge where the frameworks differ."""
     framework = backend.name.partition(":")[0]
+    global _jax_has_run
+    _jax_has_run = _jax_has_run or "jax" in (framework, problem.framework)
     if framework == "jax":
         problem, operands = problem.compiled, problem.as_operand(operands)
     bridge = bridge_between(problem.framework, framework)

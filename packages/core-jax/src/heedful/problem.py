@@ -459,6 +459,19 @@ def _check_names(options: Options) -> None:
             )
 
 
+def _why_not_dense(name: str, x: Array) -> str | None:
+    """What is wrong with a torch tensor that is no dense memory; None where nothing is."""
+    layout = str(x.layout)
+    if x.is_nested:
+        return (
+            f"{name} must be a dense tensor. Got a nested one. Pass {name}.to_padded_tensor(0.0) and "
+            "its rows' lengths as q_lengths= or kv_lengths=."
+        )
+    if layout != "torch.strided":
+        return f"{name} must be a dense tensor. Got the layout {layout}. Pass {name}.to_dense()."
+    return None
+
+
 def _check_frameworks(q: Array, k: Array, v: Array, options: Options) -> str:
     arrays = {"q": q, "k": k, "v": v}
     for name in ("mask", "bias", "q_lengths", "kv_lengths", "q_offset"):
@@ -472,6 +485,8 @@ def _check_frameworks(q: Array, k: Array, v: Array, options: Options) -> str:
                 f"{name} must be a JAX array, a NumPy array or a torch tensor. "
                 f"Got {type(arrays[name]).__name__}. Convert it first, for example with numpy.asarray."
             )
+        if kind == "torch" and (mend := _why_not_dense(name, arrays[name])):
+            raise TypeError(mend)
         if isinstance(arrays[name], jax.Array) and _is_deleted(arrays[name]):
             raise ValueError(
                 f"{name} is a JAX array whose memory was given back: it was deleted, or donated to a "

@@ -7,6 +7,7 @@ broadcast or cast on its way out, and reach the caller as somebody else's error,
 from typing import Any
 
 import jax
+import numpy as np
 
 from heedful.problem import Array, Operands, Problem, dtype_of, framework_of, shape_of
 
@@ -33,10 +34,12 @@ def checked_run(backend: Any, problem: Problem, operands: Operands) -> tuple[Arr
     Raises:
         WrongResult: it returned something else.
     """
+    operands = _read_only(operands)
     answer = backend.run(problem, operands)
     out, lse = _items(answer, f"{backend.name}.run", ("out", "lse"), backend.name)
     queries = (problem.batch, problem.q_heads, problem.q_length)
     _check(backend, "out", out, (*queries, problem.value_dim), problem.dtype, operands.q)
+    out = _apart(out, operands)
     if not problem.return_lse:
         return out, None
     if lse is None:
@@ -47,7 +50,7 @@ def checked_run(backend: Any, problem: Problem, operands: Operands) -> tuple[Arr
             "lse",
         )
     _check(backend, "lse", lse, queries, problem.accumulator, operands.q)
-    return out, lse
+    return out, _apart(lse, operands)
 
 
 def checked_gradients(
@@ -58,7 +61,9 @@ def checked_gradients(
     Raises:
         WrongResult: it returned something else.
     """
-    answer = backend.gradients(problem, operands, out_cotangent, lse_cotangent)
+    operands = _read_only(operands)
+    cotangents = map(_read_only_array, (out_cotangent, lse_cotangent))
+    answer = backend.gradients(problem, operands, *cotangents)
     names = ("dq", "dk", "dv", "dbias")
     found = _items(answer, f"{backend.name}.gradients", names, backend.name)
     for name, x, like in zip(names, found, (*operands[:3], operands.bias), strict=True):
@@ -66,6 +71,30 @@ def checked_gradients(
             _check(backend, name, x, shape_of(like), dtype_of(like), operands.q)
     dq, dk, dv, dbias = found
     return dq, dk, dv, None if operands.bias is None else dbias
+
+
+# NumPy's arrays are views of the caller's memory, JAX's and torch's too: nobody may write there.
+
+
+def _read_only(operands: Operands) -> Operands:
+    return Operands(*map(_read_only_array, operands))
+
+
+def _read_only_array(x: Array | None) -> Array | None:
+    if not isinstance(x, np.ndarray):
+        return x
+    x = x.view()
+    x.flags.writeable = False
+    return x
+
+
+def _apart(result: Array, operands: Operands) -> Array:
+    """A result in memory of its own: a caller may write into it."""
+    if isinstance(result, np.ndarray) and any(
+        isinstance(x, np.ndarray) and np.may_share_memory(result, x) for x in operands
+    ):
+        return result.copy()
+    return result
 
 
 def _items(answer: Any, function: str, names: tuple[str, ...], backend: str) -> tuple[Any, ...]:
