@@ -16,13 +16,14 @@ from heedful_torch.crosscheck.question import Question
 from heedful_torch.crosscheck.tolerance import CEILING, judge
 
 HONEST = (
+    "jax:flash",
     "jax:plain",
     "jax:nn-xla",
     "torch:sdpa-math",
     "torch:sdpa-flash",
     "numpy:oracle",
 )
-OURS = ("jax:plain", "numpy:oracle")
+OURS = ("jax:flash", "jax:plain", "numpy:oracle")
 
 
 @pytest.mark.parametrize("case", hard.HARD, ids=lambda c: c.name)
