@@ -156,8 +156,8 @@ def _partitioned(implementation: Implementation, params: dict[str, Any]) -> Any:
         cut = _cut(problem, mesh, args)
         return [NamedSharding(mesh, cut.of(problem, x.shape)) for x in results]
 
-    def rule(_mesh: Mesh, args: Sequence[Any], results: Sequence[Any]) -> SdyShardingRule:
-        return _shardy_rule(problem, [x.shape for x in args], [x.shape for x in results])
+    def rule(mesh: Mesh, args: Sequence[Any], results: Sequence[Any]) -> SdyShardingRule:
+        return _shardy_rule(problem, mesh, [x.shape for x in args], [x.shape for x in results])
 
     call = custom_partitioning(lambda *arrays: implementation(*arrays, **params))
     call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
@@ -172,25 +172,37 @@ def _sum(x: Array, cut: _Cut, problem: Problem, whole: Sequence[int]) -> Array:
 
 
 def _shardy_rule(
-    problem: Problem, args: Sequence[Sequence[int]], results: Sequence[Sequence[int]]
+    problem: Problem, mesh: Mesh, args: Sequence[Sequence[int]], results: Sequence[Sequence[int]]
 ) -> SdyShardingRule:
-    """The same for Shardy: batch rows and heads are factors that arrays share; the rest stays whole."""
+    """The same for Shardy: batch rows and heads are factors that arrays share; the rest stays whole.
+
+    Shardy would cut a mesh axis in two that grouped key heads do not fill, one part for them and one for
+    the group, which no `NamedSharding` can say; then heads stay whole too.
+    """
     whole: list[str] = []
+    shared = [math.gcd(problem.kv_heads, size) for size in mesh.shape.values()]
+    fits = all(n in (1, size) for n, size in zip(shared, mesh.shape.values(), strict=True))
+    cut_heads = problem.group == 1 or (problem.kv_heads > 1 and fits)
+
+    def new_factor() -> str:
+        whole.append(f"whole{len(whole)}")
+        return whole[-1]
 
     def mapping(shape: Sequence[int]) -> ArrayMapping:
         factors: list[str | CompoundFactor] = []
         for axis, size in enumerate(shape):
             if axis == 0 and size == problem.batch:
                 factors.append("batch")
+            elif not cut_heads:
+                factors.append(new_factor())
             elif axis == 1 and size == problem.q_heads and problem.group > 1:
                 factors.append(CompoundFactor("heads", "group"))
             elif axis == 1 and size == problem.kv_heads:
                 factors.append("heads")
             else:
-                whole.append(f"whole{len(whole)}")
-                factors.append(whole[-1])
+                factors.append(new_factor())
         return ArrayMapping(*factors)
 
     mappings = tuple(map(mapping, args)), tuple(map(mapping, results))
-    sizes: dict[str, Any] = {"group": problem.group} if problem.group > 1 else {}
+    sizes: dict[str, Any] = {"group": problem.group} if cut_heads and problem.group > 1 else {}
     return SdyShardingRule(*mappings, need_replication_factors=tuple(whole), **sizes)
