@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 
 import broken
@@ -15,7 +16,7 @@ import heedful
 from heedful import oracle
 from heedful_torch import cli
 from heedful_torch.crosscheck import InputError, crosscheck, load
-from heedful_torch.crosscheck.cases import Case, everything, generated, normal, select
+from heedful_torch.crosscheck.cases import Case, everything, named, normal, select
 from heedful_torch.crosscheck.question import Question
 from heedful_torch.crosscheck.tolerance import judge
 
@@ -101,6 +102,115 @@ def test_float64_is_judged_by_float64():
     assert all(
         judgement.errors.rms < 1e-13 for o in report.outcomes for judgement in o.judgements.values()
     )
+
+
+# Whatever a backend does, the others are judged and everything known is said
+
+
+def _raise(error):
+    raise error
+
+
+MISDEEDS = {
+    "exits": lambda: sys.exit(0),
+    "exits without a word": lambda: _raise(SystemExit),
+    "interrupts": lambda: _raise(KeyboardInterrupt),
+    "closes a generator": lambda: _raise(GeneratorExit),
+    "refuses for another": lambda: _raise(heedful.Refusal("no", {"jax:other": ("why",)})),
+    "refuses too late": lambda: _raise(heedful.Refusal("no", {"numpy:misbehaves": ("why",)})),
+    "recurses": lambda: _raise(RecursionError("too deep")),
+    "has no memory": lambda: _raise(MemoryError()),
+    "warns": lambda: _raise(UserWarning("beware")),
+    "returns nothing": lambda: None,
+    "returns text": lambda: "ab",
+}
+
+
+@dataclass(eq=False)
+class Misbehaves:
+    """Does something else than to answer, in `run` or in `reasons`."""
+
+    what: str
+    where: str
+    name: str = "numpy:misbehaves"
+
+    def reasons(self, problem):
+        return MISDEEDS[self.what]() if self.where == "reasons" else ()
+
+    def run(self, problem, operands):
+        return MISDEEDS[self.what]() if self.where == "run" else None
+
+
+@pytest.mark.parametrize("where", ["run", "reasons"])
+@pytest.mark.parametrize("what", MISDEEDS)
+def test_whatever_a_backend_does_is_its_own_failure(what, where, registered):
+    name = registered(Misbehaves(what, where))
+    report = crosscheck([name, "numpy:oracle"], ["causal"], ["float32"])
+    assert report.verdicts == {name: "disagree", "numpy:oracle": "agree"}
+
+
+ENDING = """
+    import os, signal, heedful
+    from heedful.backends.numpy_oracle import backend as oracle
+
+    class Ending:
+        name = "numpy:ending"
+        calls = 0
+        reasons, gradients = oracle.reasons, oracle.gradients
+
+        def run(self, problem, operands):
+            Ending.calls += 1
+            if Ending.calls == 3:
+                os.kill(os.getpid(), signal.{signal})
+            return oracle.run(problem, operands)
+
+    heedful.register(Ending())
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_what_is_known_when_a_run_is_ended_is_written(tmp_path, name, status):
+    (tmp_path / "ending.py").write_text(textwrap.dedent(ENDING).replace("{signal}", name))
+    command = "crosscheck --import ending --backend numpy:ending --cases positions --dtype float32"
+    run = subprocess.run(
+        [sys.executable, "-c", "from heedful_torch.cli import main; main()", *command.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == status, run.stderr
+    report = json.loads((tmp_path / "crosscheck.json").read_text())
+    assert report["complete"] is False
+    assert 1 <= len(report["runs"]) < 8
+    assert "numpy:ending" in run.stdout
+    assert [path.name for path in tmp_path.glob("crosscheck.json*")] == ["crosscheck.json"]
+
+
+@pytest.mark.parametrize("asked", ["backends", "cases", "dtypes"])
+def test_one_name_is_no_list_of_names(asked):
+    with pytest.raises(TypeError, match=rf"{asked} must be a list of names\. Got 'full'"):
+        crosscheck(**{asked: "full"})
+
+
+def test_the_report_may_not_replace_its_input(file, tmp_path, monkeypatch):
+    path = file(tensors())
+    before = path.read_bytes()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for other in (path, link, path.name, f"../{tmp_path.name}/{path.name}"):
+        arguments = ["crosscheck", "--input", str(path), "--json", str(other)]
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == 2
+        assert "is the file of --input" in result.output
+    assert path.read_bytes() == before
+
+
+def test_quick_is_a_selection_of_its_own():
+    result = CliRunner().invoke(cli.app, ["crosscheck", "--quick", "--cases", "full"])
+    assert result.exit_code == 2
+    assert "--quick is a selection" in result.output
 
 
 # Tolerance
@@ -209,14 +319,14 @@ def test_case_names_are_distinct():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("case", [c for c in generated() if c.name != "tiny"], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in named() if c.name != "tiny"], ids=lambda c: c.name)
 def test_lengths_are_no_multiples_of_a_tile(case):
     q = Question.of(case, 0, "float32").operands.q
     assert q.shape[2] % 8
 
 
 def test_a_case_depends_on_its_seed_and_name_alone():
-    (case,) = select(["mask"], generated())
+    (case,) = select(["mask"], named())
     first, again, other = (case.inputs(seed, "bfloat16") for seed in (0, 0, 1))
     assert first.q.dtype.name == "bfloat16"
     assert (first.q == again.q).all()
@@ -225,14 +335,14 @@ def test_a_case_depends_on_its_seed_and_name_alone():
 
 
 def test_the_same_numbers_are_rounded_to_each_dtype():
-    (case,) = select(["full"], generated())
+    (case,) = select(["full"], named())
     exact = case.inputs(0, "float64").q
     for dtype in ("float32", "float16", "bfloat16"):
         assert (case.inputs(0, dtype).q == exact.astype(dtype)).all()
 
 
 def test_what_nobody_sees_is_poisoned_and_nothing_else():
-    question = Question.of(*select(["key-padding"], generated()), 0, "float16")
+    question = Question.of(*select(["key-padding"], named()), 0, "float16")
     mask = question.inputs.options["mask"]
     for clean, poisoned in (
         (question.inputs.k, question.poisoned.k),
@@ -241,12 +351,12 @@ def test_what_nobody_sees_is_poisoned_and_nothing_else():
         finite = np.isfinite(poisoned).all((1, 3))
         assert (finite == mask).all()
         assert (poisoned.swapaxes(1, 2)[mask] == clean.swapaxes(1, 2)[mask]).all()
-    assert Question.of(*select(["full"], generated()), 0, "float16").poisoned is None
+    assert Question.of(*select(["full"], named()), 0, "float16").poisoned is None
 
 
 def test_plain_attention_is_near_the_oracle_and_knows_no_backend():
     for name in ("softcap-bias", "lengths-causal", "gqa-bshd"):
-        answers = Question.of(*select([name], generated()), 0, "float64").answers(True)
+        answers = Question.of(*select([name], named()), 0, "float64").answers(True)
         for plain in (*answers.best, *answers.lossy):
             assert answers.right.keys() == plain.keys()
             for tensor, want in answers.right.items():
@@ -254,7 +364,7 @@ def test_plain_attention_is_near_the_oracle_and_knows_no_backend():
 
 
 def test_selection_goes_by_name_or_group_with_wildcards():
-    cases = generated()
+    cases = named()
     assert [c.name for c in select(["causal"], cases)] == ["causal"]
     assert {c.group for c in select(["masks"], cases)} == {"masks"}
     assert {c.name for c in select(["long*"], cases)} == {

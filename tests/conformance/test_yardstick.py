@@ -11,7 +11,7 @@ import pytest
 import heedful
 from heedful import Problem, oracle
 from heedful_torch.crosscheck import crosscheck, memory_needed, question, tolerance, yardstick
-from heedful_torch.crosscheck.cases import generated, select
+from heedful_torch.crosscheck.cases import named, select
 from heedful_torch.crosscheck.question import Question
 from heedful_torch.crosscheck.tolerance import CEILING, judge
 
@@ -301,7 +301,7 @@ def test_a_fault_that_undoes_itself_on_the_way_back_is_seen(monkeypatch):
     "name", ["offset-each", "lengths-causal", "window-tall", "gqa-bshd", "tiny"]
 )
 def test_the_judge_reads_a_call_as_problem_does(name):
-    (case,) = select([name], generated())
+    (case,) = select([name], named())
     asked = Question.of(case, 0, "float32")
     x = asked.inputs
     expected = asked.problem.canonical(x.q, x.k, x.v, **x.options)
@@ -334,7 +334,7 @@ def test_memory_is_said_beforehand_and_the_judge_takes_none_for_scores(capsys):
 
 
 def test_the_oracle_takes_any_number_of_scores_at_once(monkeypatch):
-    (case,) = select(["softcap-bias"], generated())
+    (case,) = select(["softcap-bias"], named())
     asked = Question.of(case, 0, "float32")
     whole = asked.answers(True)
     monkeypatch.setattr(oracle, "SCORES_AT_ONCE", 1000)  # seven queries

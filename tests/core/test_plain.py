@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from heedful import oracle
+from heedful import oracle, softcap
 from heedful.plain import plain
 from heedful.problem import Problem
 
@@ -174,3 +174,19 @@ def test_nothing_to_do(empty):
     assert lse.shape == dlse.shape and (lse == -np.inf).all()
     for x, y in zip(gradients, (q, k, v), strict=True):
         assert x.shape == y.shape and (x == 0).all()
+
+
+def test_softcap_keeps_its_digits_where_it_is_nearly_reached():
+    x = jnp.linspace(-9, 9, 301, dtype=jnp.float32)
+    want = 1 / np.cosh(np.asarray(x, np.float64)) ** 2
+    for found in (softcap.slope(x), jax.vmap(jax.grad(softcap.tanh))(x)):
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+    with jax.enable_x64(True):
+        x = jnp.asarray([-2.0, -0.3, 0.0, 0.7, 3.0])
+        for order in (1, 2, 3, 4):
+            ours, theirs = softcap.tanh, jnp.tanh
+            for _ in range(order):
+                ours, theirs = jax.grad(ours), jax.grad(theirs)
+            np.testing.assert_allclose(
+                jax.vmap(ours)(x), jax.vmap(theirs)(x), rtol=1e-12, atol=1e-12
+            )

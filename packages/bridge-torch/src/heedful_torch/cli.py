@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -34,7 +35,9 @@ def crosscheck(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="float64, float32, float16 or bfloat16; the last three by default."),
+        typer.Option(
+            help="float64, float32, float16 or bfloat16; by default each case's own, or the last three."
+        ),
     ] = None,
     input_file: Annotated[
         Path | None,
@@ -49,6 +52,12 @@ def crosscheck(
         Path, typer.Option("--json", metavar="PATH", help="Where the report goes as JSON.")
     ] = Path("crosscheck.json"),
     seed: Annotated[int, typer.Option(min=0, help="Of generated inputs and cotangents.")] = 0,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Fewer cases: every value of every factor and most pairs, in 2 minutes."
+        ),
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Count lossy as disagreement (status 1).")
     ] = False,
@@ -60,7 +69,7 @@ def crosscheck(
     """Run every backend against a float64 oracle: outputs, log-sum-exp and gradients.
 
     Exit status: 0 all agree (lossy, which is said, included unless --strict), 1 somebody disagrees,
-    2 it could not run.
+    2 it could not run; 130 or 143 where Ctrl-C or SIGTERM ended it, and the report is what was known.
     """
     from heedful_torch import (
         crosscheck as judge,  # here, since torch and JAX take seconds to import
@@ -68,18 +77,27 @@ def crosscheck(
 
     _import(imports or [])
     _check_writable(json_path)
+    if input_file and json_path.exists() and input_file.exists() and json_path.samefile(input_file):
+        _stop(f"--json {json_path} is the file of --input. Write the report to another one.")
+    if quick and (cases or input_file):
+        _stop("--quick is a selection of cases of its own. Leave --cases and --input out.")
+    ended = None
+    signal.signal(signal.SIGTERM, _end)
     try:
         loaded = judge.load(input_file) if input_file else ()
-        chosen: list[judge.Case | str] = [*(cases or []), *loaded]
-        dtypes = dtype or ("float32", "bfloat16", "float16")
-        for needed in judge.memory_needed(loaded, backend, dtypes):
+        chosen: list[judge.Case | str] = [
+            *(cases or []),
+            *loaded,
+            *(judge.quick() if quick else ()),
+        ]
+        for needed in judge.memory_needed(loaded, backend, *([dtype] if dtype else [])):
             typer.echo(f"memory: {needed}", err=True)
         with _progress_bar() as bar:
             task = bar.add_task("", total=None)
             report = judge.crosscheck(
                 backend,
                 chosen or None,
-                dtypes,
+                dtype,
                 seed,
                 lambda done, total, what: bar.update(
                     task, completed=done, total=total, description=what
@@ -88,11 +106,35 @@ def crosscheck(
             )
     except ValueError as error:  # a name or a file; what a backend raises is judged instead
         _stop(str(error))
+    except judge.Interrupted as interrupted:
+        report, ended = interrupted.report, interrupted.__cause__
     wide = None if sys.stdout.isatty() else judge.report.WIDTH
     Console(width=wide).print(report)
-    json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    _write(json_path, json.dumps(report.as_json(), indent=1) + "\n")
     typer.echo(f"The same as JSON: {json_path}")
+    if ended is not None:
+        typer.echo(
+            "heedful: ended before its time; the report is what was known by then.", err=True
+        )
+        raise typer.Exit(
+            128 + (signal.SIGTERM if isinstance(ended, _Terminated) else signal.SIGINT)
+        )
     raise typer.Exit(_exit_status(report, backend or []))
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, which is to be like Ctrl-C."""
+
+
+def _end(*_: object) -> NoReturn:
+    raise _Terminated
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or none of it."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _exit_status(report: "Report", asked_for: list[str]) -> int:

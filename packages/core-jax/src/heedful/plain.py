@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from heedful.problem import Operands, Problem
+from heedful.softcap import tanh
 from heedful.visibility import visible
 
 
@@ -41,7 +42,7 @@ def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
     q = q.reshape(*grouped, problem.q_length, problem.head_dim)
     scores = problem.scale * _einsum("bhgid,bhjd->bhgij", q, k).reshape(scores_shape)
     if problem.softcap is not None:
-        scores = problem.softcap * jnp.tanh(scores / problem.softcap)
+        scores = problem.softcap * tanh(scores / problem.softcap)
     if operands.bias is not None:
         scores = scores + jnp.asarray(operands.bias, problem.accumulator)
     if seen is not None:

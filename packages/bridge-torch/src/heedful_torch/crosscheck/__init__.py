@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 
 import heedful
-from heedful_torch.crosscheck.cases import Case, InputError, everything, load, select
+from heedful_torch.crosscheck.cases import Case, InputError, everything, load, quick, select
 from heedful_torch.crosscheck.memory import Memory, estimate
 from heedful_torch.crosscheck.report import Report
 from heedful_torch.crosscheck.run import (
@@ -35,19 +35,33 @@ __all__ = [
     "Case",
     "Failure",
     "InputError",
+    "Interrupted",
     "Memory",
     "Outcome",
     "Report",
     "crosscheck",
     "load",
     "memory_needed",
+    "quick",
 ]
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was ended from outside.
+
+    Attributes:
+        report: what is known so far.
+    """
+
+    def __init__(self, report: Report):
+        super().__init__(report)
+        self.report = report
 
 
 def crosscheck(
     backends: Sequence[str] | None = None,
     cases: Sequence[Case | str] | None = None,
-    dtypes: Sequence[str] = ("float32", "bfloat16", "float16"),
+    dtypes: Sequence[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     strict: bool = False,
@@ -58,7 +72,8 @@ def crosscheck(
         backends: names; None for all that are installed or registered.
         cases: of `load`, or names and groups of the generated cases and the packaged activations,
             `*` and `?` allowed; None for all of those.
-        dtypes: of "float64", "float32", "float16" and "bfloat16".
+        dtypes: of "float64", "float32", "float16" and "bfloat16"; None for each case's own, or the last
+            three.
         seed: of the generated inputs and of all cotangents.
         progress: called with (done, total, what comes next).
         strict: whether `lossy` counts as disagreement: a backend that loses no more digits than
@@ -69,11 +84,23 @@ def crosscheck(
 
     Raises:
         ValueError: an unknown backend, case or dtype.
+        TypeError: one name where a list of names is due.
+        Interrupted: a KeyboardInterrupt came; it has the report so far.
     """
+    for what, given in (("backends", backends), ("cases", cases), ("dtypes", dtypes)):
+        if isinstance(given, str):
+            raise TypeError(f"{what} must be a list of names. Got {given!r}. Pass [{given!r}].")
     chosen = _chosen_backends(backends)
-    _check_dtypes(dtypes)
+    chosen_cases = _chosen_cases(cases)
+    if dtypes is not None:
+        _check_dtypes(dtypes)
     started = time.perf_counter()
-    outcomes = collect_outcomes(chosen, _chosen_cases(cases), dtypes, seed, progress)
+    outcomes: list[Outcome] = []
+    try:
+        collect_outcomes(chosen, chosen_cases, dtypes, seed, outcomes, progress)
+    except KeyboardInterrupt as end:
+        seconds = time.perf_counter() - started
+        raise Interrupted(Report(tuple(outcomes), seed, seconds, strict, complete=False)) from end
     return Report(tuple(outcomes), seed, time.perf_counter() - started, strict)
 
 

@@ -1,14 +1,16 @@
-"""What the backends are run on: a matrix of generated cases, real activations, anyone's own file.
+"""What the backends are run on: named cases, combinations, real activations, anyone's own file.
 
 A case is made once, in float64, and rounded once to the dtype under test; the oracle sees the rounded
-numbers. Every distinct shape and option costs each JAX backend a compilation, so that most cases have
-one shape, with lengths that are no multiple of any tile.
+numbers. The named cases show one thing each. Every distinct shape and option costs each JAX backend a
+compilation, so that most of them have one shape, with lengths that are no multiple of any tile. What
+they lack, every two things at once, the rows of `combinations.tsv` have.
 """
 
 import fnmatch
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ import safetensors.torch
 import torch
 
 from heedful import Problem  # by way of JAX, also teaches NumPy the name "bfloat16"
+from heedful_torch.crosscheck import combinations
+from heedful_torch.crosscheck.combinations import Row
 
 Arrays = dict[str, np.ndarray]
 Maker = Callable[[np.random.Generator], Arrays]
@@ -51,20 +55,34 @@ class Case:
         name, group: what `--cases` selects by, and the rows of the report.
         make: from random numbers to float64 q, k, v (B, H, S, D) and array options.
         options: the options that are no arrays.
+        dtype: the only one that it is for; None where it is for any.
         rank: of q, k and v as the backend gets them; below 4, B (and H) must be 1.
         wide_bias: whether the bias has the accumulator's dtype instead of q's.
         return_lse: whether LSE is asked for, of backends that have one.
+        second: whether second derivatives are judged, of backends that have them.
         caller: the framework of the arrays; None for the backend's own, so that no bridge is crossed.
+        memory: how q, k, v, mask and bias lie in memory, of `ask.MEMORY` or "expanded": mask and bias
+            are full, by axes of stride 0.
+        row: of the table of combinations, where the case is one.
     """
 
     name: str
     group: str
     make: Maker
     options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
     rank: int = 4
     wide_bias: bool = False
     return_lse: bool = True
+    second: bool = False
     caller: str | None = None
+    memory: str = "packed"
+    row: Row | None = None
+
+    @property
+    def description(self) -> str:
+        """What is asked, where the name does not say it."""
+        return "" if self.row is None else combinations.description(self.row)
 
     def inputs(self, seed: int, dtype: str) -> Inputs:
         """The arrays for a seed, rounded to a dtype.
@@ -74,8 +92,10 @@ class Case:
         """
         arrays = self.make(self.random(seed))
         rounded = {n: self._round(n, x, dtype) for n, x in arrays.items()}
+        scores = (*rounded["q"].shape[:3], rounded["k"].shape[2])
         q, k, v = (self._as_called(rounded.pop(name)) for name in "qkv")
-        return Inputs(q, k, v, {**self.options, **rounded})
+        arrays = {n: self._option_as_called(n, x, scores) for n, x in rounded.items()}
+        return Inputs(q, k, v, {**self.options, **arrays})
 
     def random(self, seed: int, purpose: str = "inputs") -> np.random.Generator:
         """Random numbers that depend on seed, case and purpose, not on what else is run."""
@@ -98,12 +118,31 @@ class Case:
 
     def _as_called(self, x: np.ndarray) -> np.ndarray:
         """(B, H, S, D) → the rank and the layout that the call has."""
-        if self.rank < 4:
-            return x.reshape(x.shape[4 - self.rank :])
-        return x.swapaxes(1, 2) if self.options.get("layout") == "bshd" else x
+        if self.rank == 2:
+            return x[0, 0]
+        x = x.swapaxes(1, 2) if self.options.get("layout") == "bshd" else x
+        return x.reshape(*self._lead(len(x)), *x.shape[1:])
+
+    def _option_as_called(
+        self, name: str, x: np.ndarray, scores: tuple[int, int, int, int]
+    ) -> np.ndarray:
+        """An array option for (B, H, S, D) → the same for the call's leading axes."""
+        lead = self._lead(scores[0])
+        if x.ndim == 4 and self.memory == "expanded":
+            x = np.broadcast_to(x, scores)
+        if x.ndim == 4:  # over the scores
+            whole = len(x) == scores[0]
+            return x.reshape(*(lead if whole else (1,) * len(lead)), *x.shape[1:])
+        return x.reshape(lead or (1,)) if x.ndim == 1 else x  # a number for each row
+
+    def _lead(self, batch: int) -> tuple[int, ...]:
+        """The axes before H, S and D: as many as the rank leaves, the last ones the largest."""
+        if self.rank < 5:
+            return (batch,)[: max(self.rank - 3, 0)]
+        return (2, batch // 2) if batch % 3 == 0 else (1, batch)
 
 
-# The matrix
+# The named cases
 
 
 class Sizes(NamedTuple):
@@ -148,10 +187,15 @@ def normal(
 
 
 def random_mask(*axes: str) -> ArrayOption:
-    """True with probability 0.7, full along the named axes of "bhqk" and 1 along the others."""
+    """True with probability 0.7, full along the named axes of "bhqk" and 1 along the others.
+
+    The first query sees the first key, so that something is there to judge.
+    """
 
     def make(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-        return random.random(_along(axes, sizes)) < 0.7
+        mask = random.random(_along(axes, sizes)) < 0.7
+        mask[:, :, 0, 0] = True
+        return mask
 
     return make
 
@@ -177,11 +221,14 @@ def key_padding(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
     return np.arange(sizes.kv_length) < real[:, None]
 
 
+FULL_MASK = random_mask("b", "h", "q", "k")
+
+
 def mask_with_empty_rows(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-    """Every third query sees nothing, and nobody sees any of the last 20 keys."""
-    mask = random.random(sizes.scores) < 0.7
-    mask[:, :, ::3] = False
-    mask[..., -20:] = False
+    """Every third query sees nothing, and nobody sees any of the last 20 keys, or of the last third."""
+    mask = FULL_MASK(random, sizes)
+    mask[:, :, 1::3] = False
+    mask[..., sizes.kv_length - min(20, sizes.kv_length // 3) :] = False
     return mask
 
 
@@ -192,10 +239,12 @@ def integers(*values: int) -> ArrayOption:
 
 CAUSAL, TOP_LEFT = {"causal": True}, {"causal": "top_left"}
 GROUPED = MANY_KEYS._replace(kv_heads=2)
-FULL_MASK = random_mask("b", "h", "q", "k")
+
+# Where second derivatives are judged: few, since each costs every JAX backend a long compilation.
+SECOND = ("full", "mask-causal", "softcap-bias", "lengths-causal", "gqa", "from-torch")
 
 # Group, case, and what a `Case` of that name is made of.
-MATRIX: dict[str, dict[str, dict[str, Any]]] = {
+NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "positions": {
         "full": {"make": normal()},
         "full-out-only": {"make": normal(), "return_lse": False},
@@ -280,12 +329,154 @@ MATRIX: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def generated() -> tuple[Case, ...]:
-    """The matrix of generated cases."""
+def named() -> tuple[Case, ...]:
+    """The cases that show one thing each."""
     return tuple(
-        Case(name=name, group=group, **parts)
-        for group, cases in MATRIX.items()
+        Case(name=name, group=group, second=name in SECOND, **parts)
+        for group, cases in NAMED.items()
         for name, parts in cases.items()
+    )
+
+
+# The combinations: what the values of the factors mean
+
+HARD = 100.0  # a logit whose exponential float32 does not hold, nor, below 0, that of its negative
+
+WINDOWS = {"left": (9, None), "both": (9, 4), "right": (None, 4), "self": (0, 0)}
+MASKS = {
+    "padding": key_padding,
+    "full": FULL_MASK,
+    "shared": random_mask("q", "k"),
+    "heads": random_mask("h", "k"),
+    "batch": random_mask("b", "k"),
+    "queries": random_mask("b", "q"),
+    "head-rows": random_mask("h", "q", "k"),
+    "empty-rows": mask_with_empty_rows,
+}
+# Of each batch row, which part of a sequence is real.
+REAL = {"some": (0.7, 1.0, 0.35, 0.9, 0.5, 0.2), "zero": (0.8, 0.0, 1.0, 0.4, 0.0, 0.6)}
+
+
+def hiding_bias(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
+    """(B, 1, 1, Sk), −inf with probability 0.3, which hides a key as a mask does."""
+    bias = random.standard_normal(_along(("b", "k"), sizes))
+    hidden = random.random(bias.shape) < 0.3
+    hidden[..., 0] = False
+    return np.where(hidden, -np.inf, bias)
+
+
+def floor_bias(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
+    """(B, 1, Sq, Sk), 0 and −30000, as additive masks are; every fifth query has −30000 everywhere."""
+    hidden = random.random(_along(("b", "q", "k"), sizes)) < 0.3
+    hidden[:, :, ::5] = True
+    return np.where(hidden, -3e4, 0.0)
+
+
+BIASES = {
+    "full": random_bias("b", "h", "q", "k"),
+    "shared": random_bias("q", "k"),
+    "heads": random_bias("h", "k"),
+    "batch": random_bias("b", "k"),
+    "rows": random_bias("b", "q"),
+    "hiding": hiding_bias,
+    "floor": floor_bias,
+}
+
+
+def real(part: str, axis: str) -> ArrayOption:
+    """(B,) lengths of an axis of "bhqk", as `REAL` has their parts."""
+
+    def make(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
+        longest = sizes.scores["bhqk".index(axis)]
+        return np.ceil(np.array(REAL[part][: sizes.batch]) * longest).astype(np.int32)
+
+    return make
+
+
+def offset_each(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
+    """(B,), before, among and behind the keys."""
+    return np.array((3, -20, 40, 0, 11, 90)[: sizes.batch], np.int32)
+
+
+def of_row(row: Row) -> dict[str, Any]:
+    """What the `Case` of a row of the table is made of."""
+    options: dict[str, Any] = {}
+    arrays: dict[str, ArrayOption] = {}
+    if row["causal"] != "no":
+        options["causal"] = row["causal"] == "yes" or row["causal"]
+    if row["window"] != "none":
+        options["window"] = WINDOWS[row["window"]]
+    if row["offset"] == "each":
+        arrays["q_offset"] = offset_each
+    elif row["offset"] == "scalar":
+        arrays["q_offset"] = lambda random, sizes: np.array(7, np.int32)
+    elif row["offset"] != "default":
+        options["q_offset"] = int(row["offset"])
+    for name, axis in (("q_lengths", "q"), ("kv_lengths", "k")):
+        if row[name] != "none":
+            arrays[name] = real(row[name], axis)
+    if row["mask"] != "none":
+        arrays["mask"] = MASKS[row["mask"]]
+    if row["bias"] != "none":
+        arrays["bias"] = BIASES[row["bias"]]
+    for name in ("scale", "softcap"):
+        if row[name] not in ("none", "default"):
+            options[name] = float(row[name])
+    if row["layout"] != "bhsd":
+        options["layout"] = row["layout"]
+    return {
+        "make": _with_logits(row["logits"], options.get("scale"), sizes_of(row), arrays),
+        "options": options,
+        "dtype": row["dtype"],
+        "rank": int(row["rank"]),
+        "wide_bias": row["bias_dtype"] == "accumulator",
+        "return_lse": row["return_lse"] == "yes",
+        "caller": None if row["caller"] == "own" else row["caller"],
+        "memory": row["memory"],
+        "row": row,
+    }
+
+
+def sizes_of(row: Row) -> Sizes:
+    """B, Hq, Hkv, Sq, Sk, D and Dv of a row."""
+    (q_heads, kv_heads), (q_length, kv_length) = (
+        map(int, row[name].split(by)) for name, by in (("heads", "/"), ("lengths", "x"))
+    )
+    d = int(row["head_dim"])
+    value_dim = {"same": d, "smaller": d // 2, "larger": d + 16}[row["value_dim"]]
+    return Sizes(int(row["batch"]), q_heads, kv_heads, q_length, kv_length, d, value_dim)
+
+
+def _with_logits(
+    logits: str, scale: float | None, sizes: Sizes, arrays: dict[str, ArrayOption]
+) -> Maker:
+    """Logits of size 1 whatever the scale is, or of size 8, or all near `HARD` or its negative."""
+    default = sizes.head_dim**-0.5
+    scale = default if scale is None else scale
+    usual = normal(sizes, queries_times=default / abs(scale) if scale else 1.0, **arrays)
+
+    def make(random: np.random.Generator) -> Arrays:
+        made = usual(random)
+        if logits == "large":
+            made["q"] *= 8
+        if logits in ("above", "below"):
+            # The first numbers of q and k, nearly constant, are what puts them there.
+            q, k = made["q"][..., 0], made["k"][..., 0]
+            far = (HARD / abs(scale)) ** 0.5
+            sign = 1 if (logits == "above") == (scale > 0) else -1
+            q[...] = sign * far * (1 + 0.05 * random.standard_normal(q.shape))
+            k[...] = far * (1 + 0.01 * random.standard_normal(k.shape))
+        return made
+
+    return make
+
+
+@cache
+def combined() -> tuple[Case, ...]:
+    """A case for each row of the table, those first that add most."""
+    return tuple(
+        Case(name=f"combination-{number:03}", group="combinations", **of_row(row))
+        for number, row in enumerate(combinations.table(), 1)
     )
 
 
@@ -298,7 +489,15 @@ def activations() -> tuple[Case, ...]:
 
 def everything() -> tuple[Case, ...]:
     """What `heedful crosscheck` runs when nothing is selected."""
-    return generated() + activations()
+    return named() + combined() + activations()
+
+
+QUICK = 40  # combinations
+
+
+def quick() -> tuple[Case, ...]:
+    """A selection that has every value of every factor, most pairs, and real activations."""
+    return combined()[:QUICK] + select(["full", "minilm-layer0"], named() + activations())
 
 
 def select(patterns: Sequence[str], cases: Iterable[Case]) -> tuple[Case, ...]:

@@ -121,22 +121,26 @@ class Question:
 
         A bias of −inf takes a key's weight as a mask does.
         """
-        weighed, _ = self._reached
+        weighed, _, _ = self._reached
         return {n: np.logical_not(x) for n, x in weighed.items()}
 
     @cached_property
-    def _reached(self) -> tuple[Tensors, np.ndarray]:
-        """Where there is weight, by tensor; and which keys anybody sees, (B, Hkv, Sk, 1)."""
+    def _reached(self) -> tuple[Tensors, np.ndarray, np.ndarray]:
+        """Where there is weight, by tensor; which queries see anything, and which keys are seen.
+
+        The last two (B, Hq, Sq, 1) and (B, Hkv, Sk, 1).
+        """
         p = self.problem
         queries = np.zeros((p.batch, p.q_heads, p.q_length), bool)
         keys = np.zeros((p.batch, p.kv_heads, p.kv_length), bool)
-        seen_keys = keys.copy()
+        seeing, seen_keys = queries.copy(), keys.copy()
         bias = self.operands.bias
         scores = None if bias is None else np.zeros(bias.shape)
         for part in oracle.parts(p, self.operands, p.accumulator):
             weighed = part.seen if part.bias is None else part.seen & (part.bias != -np.inf)
             queries[part.queries] = weighed.any(-1)
             keys[part.keys] |= weighed.any(0)
+            seeing[part.queries] = part.seen.any(-1)
             seen_keys[part.keys] |= part.seen.any(0)
             if scores is not None:
                 oracle.add_over_broadcast(scores, part, weighed.astype(np.float64))
@@ -144,20 +148,24 @@ class Question:
         reached = {"out": queries, "lse": queries, "dq": queries, "dk": keys, "dv": keys}
         if scores is not None:
             reached["dbias"] = self._as_bias_came(scores) > 0
-        return reached, seen_keys[..., None]
+        return reached, seeing[..., None], seen_keys[..., None]
 
     @cached_property
     def poisoned(self) -> Inputs | None:
-        """The inputs with inf and NaN in the K and V that nobody sees; None where all are seen."""
-        _, seen = self._reached
-        if seen.all():
+        """The inputs with inf and NaN in the q that see nothing, and in the K and V that nobody sees.
+
+        None where all see and are seen.
+        """
+        _, seeing, seen = self._reached
+        if seeing.all() and seen.all():
             return None
-        poison = np.where(np.arange(seen.shape[2]) % 2, np.nan, np.inf)[:, None]
-        k, v = (
-            self.as_called(np.where(seen, x.astype(np.float64), poison).astype(x.dtype))
-            for x in (self.operands.k, self.operands.v)
-        )
-        return replace(self.inputs, k=k, v=v)
+
+        def poison(x: np.ndarray, used: np.ndarray) -> np.ndarray:
+            bad = np.where(np.arange(x.shape[2]) % 2, np.nan, np.inf)[:, None]
+            return self.as_called(np.where(used, x.astype(np.float64), bad).astype(x.dtype))
+
+        q, k, v, *_ = self.operands
+        return replace(self.inputs, q=poison(q, seeing), k=poison(k, seen), v=poison(v, seen))
 
     @cached_property
     def uncancelled(self) -> dict[str, float]:

@@ -109,17 +109,20 @@ class Report:
         seed: of the inputs and the cotangents.
         seconds: that it took.
         strict: whether `lossy` counts as disagreement.
+        complete: whether it came to its end.
     """
 
     outcomes: tuple[Outcome, ...]
     seed: int
     seconds: float
     strict: bool = False
+    complete: bool = True
 
     @property
     def agree(self) -> bool:
-        """Whether somebody ran and nobody disagrees; where it is strict, nor is anybody lossy."""
-        return self.verdict == "agree" or (self.verdict == "lossy" and not self.strict)
+        """Whether somebody ran and nobody disagrees, to the end; where strict, nor is anybody lossy."""
+        fine = self.verdict == "agree" or (self.verdict == "lossy" and not self.strict)
+        return fine and self.complete
 
     @property
     def verdict(self) -> str:
@@ -203,6 +206,7 @@ class Report:
             "verdict": "nothing ran" if self.verdict == "refused" else self.verdict,
             "agree": self.agree,
             "strict": self.strict,
+            "complete": self.complete,
             "backends": self.verdicts,
             "seed": self.seed,
             "seconds": round(self.seconds, 1),

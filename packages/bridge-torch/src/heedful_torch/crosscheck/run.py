@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,15 +14,17 @@ import jax
 import numpy as np
 
 import heedful
-from heedful import Refusal
 from heedful.results import WrongResult
-from heedful_torch.crosscheck.ask import ask, framework
+from heedful_torch.crosscheck.ask import Refused, ask, ask_second, framework
 from heedful_torch.crosscheck.cases import Case, InputError
 from heedful_torch.crosscheck.question import Question
+from heedful_torch.crosscheck.second import directions, is_refusal, judge_second, right
 from heedful_torch.crosscheck.tolerance import Judgement, judge
 from heedful_torch.crosscheck.yardstick import Tensors
+from heedful_torch.dlpack import CopyWarning
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+USUAL = ("float32", "bfloat16", "float16")  # of cases that are for any dtype
 
 # Most of the time goes into XLA's compilations, which leave Python's lock alone: JAX backends run side
 # by side. torch chooses its SDPA kernel for the whole process, so what calls torch runs one at a time.
@@ -86,22 +89,24 @@ class Outcome:
 def collect_outcomes(
     backends: Sequence[str],
     cases: Sequence[Case],
-    dtypes: Sequence[str],
+    dtypes: Sequence[str] | None,
     seed: int,
+    outcomes: list[Outcome],
     progress: Progress | None = None,
-) -> list[Outcome]:
+) -> None:
     """Every backend on every case in every dtype; whatever a backend raises stops nothing.
 
     Args:
         backends: their names.
         cases: what to ask them.
-        dtypes: of q, k and v.
+        dtypes: of q, k and v; None: each case's own, `USUAL` where it has none.
         seed: of the generated inputs and of all cotangents.
+        outcomes: where they are put, one after the other: what is known when the run is ended.
         progress: called with (done, total, what comes next).
     """
-    outcomes: list[Outcome] = []
-    pairs = [(case, dtype) for case in cases for dtype in dtypes]
-    with ThreadPoolExecutor(WORKERS) as pool:
+    pairs = [(case, dtype) for case in cases for dtype in _dtypes_of(case, dtypes)]
+    with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
+        warnings.simplefilter("ignore", CopyWarning)  # of arrays that lie oddly on purpose
         for done, (case, dtype) in enumerate(pairs):
             if progress:
                 progress(done, len(pairs), f"{case.name} {dtype}")
@@ -117,7 +122,12 @@ def collect_outcomes(
                 outcomes += pool.map(outcome, asked, repeat(question))
     if progress:
         progress(len(pairs), len(pairs), "")
-    return outcomes
+
+
+def _dtypes_of(case: Case, dtypes: Sequence[str] | None) -> Sequence[str]:
+    if case.dtype is None:
+        return USUAL if dtypes is None else dtypes
+    return [case.dtype] if dtypes is None or case.dtype in dtypes else []
 
 
 def outcome(name: str, question: Question) -> Outcome:
@@ -137,10 +147,13 @@ def outcome(name: str, question: Question) -> Outcome:
             if faults:
                 judgements, faults = _diagnose(name, question, with_lse, judgements, faults)
             faults += _unrepeated(name, question, with_lse, answer)
+            if case.second and not faults:
+                judgements |= _second_derivatives(name, question, with_lse)
+                faults += [(t, fault) for t, found in judgements.items() for fault in found.faults]
             result = replace(result, judgements=judgements)
-    except Refusal as refusal:
-        return replace(result, reasons=tuple(refusal.reasons[name]))
-    except Exception as error:  # a backend that raises fails; the others go on
+    except Refused as refusal:
+        return replace(result, reasons=refusal.reasons)
+    except BaseException as error:  # whatever a backend raises, in this thread nobody else does
         tensor = error.tensor if isinstance(error, WrongResult) else None
         faults = [(tensor, f"raised {type(error).__name__}: {error}")]
     losses = [(t, said) for t, found in result.judgements.items() for said in found.losses]
@@ -162,9 +175,9 @@ def _first_answer(name: str, question: Question) -> tuple[bool, tuple[str, ...],
         return False, (), ask(name, question, inputs, with_lse=False)
     try:
         return True, (), ask(name, question, inputs, with_lse=True)
-    except Refusal as refusal:
+    except Refused as refusal:
         answer = ask(name, question, inputs, with_lse=False)
-        return False, tuple(refusal.reasons[name]), answer
+        return False, refusal.reasons, answer
 
 
 def judge_all(
@@ -218,6 +231,22 @@ def _diagnose(
             )
             faults = [(tensor, said + part) for tensor, said in faults]
     return judgements, faults
+
+
+def _second_derivatives(name: str, question: Question, with_lse: bool) -> dict[str, Judgement]:
+    """Judges the second derivatives of a backend that has them."""
+    direction = directions(question)
+    try:
+        got = ask_second(name, question, with_lse, direction)
+    except Exception as error:
+        if is_refusal(error):
+            return {}
+        raise
+    if got is None:  # NumPy differentiates nothing
+        return {}
+    canonical = question.canonical({n.replace("d2", "d"): x for n, x in got.items()})
+    got = {n.replace("d", "d2", 1): x for n, x in canonical.items()}
+    return judge_second(question, got, right(question, direction, with_lse))
 
 
 def _unrepeated(name: str, question: Question, with_lse: bool, answer: Tensors) -> list[Fault]:

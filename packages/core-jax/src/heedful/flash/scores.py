@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from heedful import softcap
 from heedful.flash.tiles import Tiles, count_up, cut, start
 from heedful.problem import Array, Operands, Problem
 from heedful.visibility import visible
@@ -173,8 +174,8 @@ def scores(
         s = product * problem.scale
     slope = None
     if problem.softcap is not None:
-        ratio = jnp.tanh(s / problem.softcap)
-        s, slope = problem.softcap * ratio, 1 - ratio**2
+        ratio = s / problem.softcap
+        s, slope = problem.softcap * softcap.tanh(ratio), softcap.slope(ratio)
     folded = s.shape
     s = unfold_queries(problem, tiles, s)
     if operands.bias is not None:

@@ -1,0 +1,105 @@
+"""Second derivatives, of the backends that have them: H u for a random direction u.
+
+With G the gradients of Σ out·c + Σ lse·e, a backend is asked for the gradient of Σ G·u, which is the
+product of the Hessian with u: every second derivative takes part in it. A gradient penalty is this.
+
+What is right comes from central differences of the oracle's analytic gradients along u, in float64, by
+the five-point rule: its error is of the order of the step's fourth power, 1e-12 here, and it knows
+nothing of how anybody derives a gradient a second time.
+
+A backend says that it has none by raising `NotImplementedError`, or what its framework raises of a
+function that cannot be derived again; that is noted, not failed. One that returns numbers is judged. A
+gradient that is cut off from its inputs counts as a second derivative of 0, which is what its user gets.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+
+from heedful import oracle
+from heedful_torch.crosscheck.question import Question
+from heedful_torch.crosscheck.tolerance import Errors, Judgement, measure
+from heedful_torch.crosscheck.yardstick import Tensors
+
+STEP = 1e-3
+
+# Of rms and projection, and four times as much in the worst row. Twice in a row every product and sum
+# of the backward pass is rounded; what honest backends show in the cases here is at most a fifth.
+LIMIT = {"float64": 1e-9, "float32": 2e-5, "float16": 1.5e-2, "bfloat16": 1e-1}
+
+# What frameworks say of a function that cannot be derived again. Under jit and in callbacks another
+# exception carries the words of the first.
+REFUSAL = re.compile(
+    r"NotImplementedError|no second derivative|is not implemented|once_differentiable"
+    r"|(do|does) not support JVP|differentiation rule .* not"
+)
+
+
+def directions(question: Question) -> Tensors:
+    """A standard normal direction for q, k, v and, where there is one, bias; in canonical form."""
+    random = question.case.random(0, "direction")
+    x = question.operands
+    shaped: Tensors = {"q": x.q, "k": x.k, "v": x.v}
+    if x.bias is not None:
+        shaped["bias"] = x.bias
+    return {n: random.standard_normal(a.shape).astype(a.dtype) for n, a in shaped.items()}
+
+
+def right(question: Question, direction: Tensors, with_lse: bool) -> Tensors:
+    """H u by five-point differences of the oracle's gradients, float64, canonical: d2q and so on."""
+    e = question.lse_cotangent if with_lse else np.zeros_like(question.lse_cotangent)
+    sums: dict[str, Any] = dict.fromkeys(direction, 0.0)
+    for steps, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
+        moved = {
+            n: getattr(question.operands, n).astype(np.float64)
+            + steps * STEP * u.astype(np.float64)
+            for n, u in direction.items()
+        }
+        found = oracle.gradients(
+            question.problem, question.operands._replace(**moved), question.out_cotangent, e
+        )
+        gradients = dict(zip(("q", "k", "v", "bias"), found, strict=True))
+        for name in sums:
+            gradient = gradients[name]
+            assert gradient is not None  # there is a direction for those alone that are there
+            sums[name] = sums[name] + weight * gradient
+    return {f"d2{n}": x / (12 * STEP) for n, x in sums.items()}
+
+
+def judge_second(question: Question, got: Tensors, want: Tensors) -> dict[str, Judgement]:
+    """Judges a backend's second derivatives, canonical, each by itself."""
+    hidden = {n: question.hidden[n.replace("d2", "d")] for n in want}
+    return {n: _judged(n, got[n], x, question.dtype, hidden[n]) for n, x in want.items()}
+
+
+def _judged(
+    name: str, got: np.ndarray, want: np.ndarray, dtype: str, hidden: np.ndarray
+) -> Judgement:
+    got = np.asarray(got, np.float64)
+    nothing = Errors(0.0, 0.0, 0.0)
+    limit = LIMIT[dtype]
+    limits = Errors(limit, 4 * limit, limit)
+    if not np.isfinite(got).all():
+        infinite = Errors(np.inf, np.inf, np.inf)
+        return Judgement(
+            infinite, nothing, limits, (f"{name}, a second derivative, is not finite",)
+        )
+    want = np.where(hidden, 0, want)
+    errors, _ = measure(got, want, float(np.sqrt((want**2).mean())) or 1.0)
+    over = [
+        f"{measured} {error:.2g} over {most:.2g}"
+        for measured, error, most in zip(
+            ("rms", "worst row", "projection"), errors, limits, strict=True
+        )
+        if error > most
+    ]
+    faults = (f"{name}, a second derivative, is wrong: {', '.join(over)}",) if over else ()
+    return Judgement(errors, nothing, limits, faults)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an exception says that there is no second derivative."""
+    return isinstance(error, NotImplementedError) or (
+        isinstance(error, Exception) and REFUSAL.search(str(error)) is not None
+    )
