@@ -12,6 +12,12 @@ nox.options.default_venv_backend = "virtualenv"  # uv would not read where pip i
 # them. Its Python is the one that torch is pinned for.
 shared_session = partial(nox.session, venv_backend="none", requires=["environment"])
 
+# What the tests compile is compiled once for all sessions of one JAX, and for the next run.
+COMPILED = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
+
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")
 PYTEST = ("pytest", "-n", "auto")
 
@@ -20,6 +26,11 @@ def install(session: nox.Session, *requirements: str) -> None:
     """Installs exactly what constraints/ pins, the packages' build backend included."""
     pins = f"constraints/py{'311' if session.python == '3.11' else '312'}.txt"
     session.install("--constraint", pins, "--build-constraint", pins, *requirements)
+
+
+def compiled(session: nox.Session) -> dict[str, str]:
+    """Where JAX keeps what it has compiled, and that it keeps it all."""
+    return {"JAX_COMPILATION_CACHE_DIR": str(session.cache_dir.parent / "compiled")} | COMPILED
 
 
 def run(session: nox.Session, program: str, *arguments: str) -> None:
@@ -34,6 +45,7 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
 def core(session: nox.Session) -> None:
     """Test heedful with no torch installed, on two generations of JAX."""
     install(session, "packages/core-jax", *TEST_TOOLS)
+    session.env |= compiled(session)
     session.run(*PYTEST, "tests/core", *session.posargs)
 
 
@@ -48,7 +60,7 @@ def environment(session: nox.Session) -> None:
 @nox.parametrize("backend", ["torch:sdpa-math", "torch:sdpa-flash"])
 def bridge(session: nox.Session, backend: str) -> None:
     """Test heedful-torch; the backend must be able to run."""
-    session.env["HEEDFUL_REQUIRE_BACKENDS"] = backend
+    session.env |= {"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session)
     run(session, *PYTEST, "tests/bridge", *session.posargs)
 
 
@@ -56,13 +68,14 @@ def bridge(session: nox.Session, backend: str) -> None:
 @nox.parametrize("backend", ["torch:sdpa-efficient", "torch:sdpa-cudnn"])
 def bridge_gpu(session: nox.Session, backend: str) -> None:
     """Test heedful-torch; the backend, which needs a GPU, must be able to run."""
-    session.env["HEEDFUL_REQUIRE_BACKENDS"] = backend
+    session.env |= {"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session)
     run(session, *PYTEST, "tests/bridge", *session.posargs)
 
 
 @shared_session()
 def conformance(session: nox.Session) -> None:
     """Test against ONNX's cases, backends broken on purpose, and what the README promises."""
+    session.env |= compiled(session)
     run(session, *PYTEST, "tests/conformance", *session.posargs)
 
 
