@@ -30,6 +30,7 @@ REDUCED = (
     ("softcap-bias", "large-logits"),
     ("tiny", "one-key", "long-causal"),
     ("from-torch", "from-jax-masked"),
+    ("combination-130", "combination-140"),
     ("minilm-layer0",),
 )
 
