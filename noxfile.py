@@ -45,7 +45,7 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
 def core(session: nox.Session) -> None:
     """Test heedful with no torch installed, on two generations of JAX."""
     install(session, "packages/core-jax", *TEST_TOOLS)
-    session.env |= compiled(session)
+    session.env.update(compiled(session))
     session.run(*PYTEST, "tests/core", *session.posargs)
 
 
@@ -60,7 +60,7 @@ def environment(session: nox.Session) -> None:
 @nox.parametrize("backend", ["torch:sdpa-math", "torch:sdpa-flash"])
 def bridge(session: nox.Session, backend: str) -> None:
     """Test heedful-torch; the backend must be able to run."""
-    session.env |= {"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session)
+    session.env.update({"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session))
     run(session, *PYTEST, "tests/bridge", *session.posargs)
 
 
@@ -68,14 +68,14 @@ def bridge(session: nox.Session, backend: str) -> None:
 @nox.parametrize("backend", ["torch:sdpa-efficient", "torch:sdpa-cudnn"])
 def bridge_gpu(session: nox.Session, backend: str) -> None:
     """Test heedful-torch; the backend, which needs a GPU, must be able to run."""
-    session.env |= {"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session)
+    session.env.update({"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session))
     run(session, *PYTEST, "tests/bridge", *session.posargs)
 
 
 @shared_session()
 def conformance(session: nox.Session) -> None:
     """Test against ONNX's cases, backends broken on purpose, and what the README promises."""
-    session.env |= compiled(session)
+    session.env.update(compiled(session))
     run(session, *PYTEST, "tests/conformance", *session.posargs)
 
 
