@@ -3,6 +3,9 @@
 import copy
 import gc
 import io
+import subprocess
+import sys
+import textwrap
 import warnings
 
 import jax
@@ -470,3 +473,30 @@ def test_pinned_memory_stays_on_the_cpu():
 def test_a_tensor_on_a_gpu_that_is_not_current():
     tensor = torch.ones(64, device="cuda:1")
     assert to_jax(tensor).device.local_hardware_id == 1 and torch.cuda.current_device() == 0
+
+
+# The end of the process
+
+
+def test_what_is_lent_is_forgotten_when_it_is_let_go_of():
+    gc.collect()
+    before = len(dlpack._lent)
+    x = torch.ones(1000)
+    array = to_jax(x)
+    assert len(dlpack._lent) == before + 1
+    del array
+    gc.collect()
+    dlpack._wait_until_let_go()
+    assert len(dlpack._lent) == before
+
+
+def test_the_end_waits_for_what_jax_lets_go_of_on_its_own_thread():
+    """Without the wait one process in four aborts here."""
+    script = """
+        import torch, heedful
+        q, k, v = (torch.randn(1, 2, 300, 16) for _ in range(3))
+        out = heedful.attention(q, k, v, backend="jax:flash")
+    """
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+        assert ended.returncode == 0

@@ -25,9 +25,13 @@ Shared memory has two owners who do not know of each other:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy as copying
+import itertools
+import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any, NoReturn, Self
 
@@ -103,7 +107,28 @@ def to_jax(tensor: torch.Tensor, *, copy: bool | None = False) -> jax.Array:
     )
     with current:
         # copy=True would promise nothing: jax 0.10.2 shares aligned row-major CPU memory all the same.
-        return jax.dlpack.from_dlpack(tensor, copy=False)
+        array = jax.dlpack.from_dlpack(tensor, copy=False)
+    number = next(_numbers)
+    _lent[number] = (weakref.ref(tensor, lambda _: _lent.pop(number, None)), weakref.ref(array))
+    return array
+
+
+# Tensors whose memory a JAX array has, until it is let go of. XLA does that on a thread of its own, a
+# moment after the results are there, and torch's deleter then takes the GIL. In a process that ends at
+# that moment CPython kills the thread in the middle of C++, which aborts: "terminate called without an
+# active exception". So the end waits for those whose array is gone already, some milliseconds.
+_lent: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[jax.Array]]] = {}
+_numbers = itertools.count()
+LONGEST_WAIT = 2.0  # seconds
+
+
+@atexit.register  # later than JAX's own, and so run before it
+def _wait_until_let_go() -> None:
+    end = time.monotonic() + LONGEST_WAIT
+    while time.monotonic() < end and any(
+        tensor() is not None and array() is None for tensor, array in list(_lent.values())
+    ):
+        time.sleep(1e-3)  # without the GIL, which is what XLA's thread waits for
 
 
 def to_torch(array: jax.Array, *, copy: bool | None = False) -> torch.Tensor:
