@@ -148,14 +148,17 @@ def adapt(case: TestCase) -> Case:
         mask = mask if mask is None or mask.dtype == bool else mask.astype(np.float64)
 
     sides = (attributes.pop(f"{side}_window_size", -1) for side in ("left", "right"))
+    window = tuple(None if side == -1 else side for side in sides)
+    causal = bool(attributes.pop("is_causal", 0))
     kv_lengths = inputs.pop("nonpad_kv_seqlen", None)
+    positional = causal or window != (None, None)
     options = {
         "layout": "bshd" if bshd else "bhsd",
         "mask": mask if mask is not None and mask.dtype == bool else None,
         "bias": mask if mask is not None and mask.dtype != bool else None,
-        "causal": bool(attributes.pop("is_causal", 0)),
-        "window": tuple(None if side == -1 else side for side in sides),
-        "q_offset": q_offset if kv_lengths is None else None,
+        "causal": causal,
+        "window": window,
+        "q_offset": q_offset if positional and kv_lengths is None else None,
         "kv_lengths": kv_lengths,
         "scale": attributes.pop("scale", None),
         "softcap": attributes.pop("softcap", 0) or None,
