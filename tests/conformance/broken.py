@@ -268,14 +268,7 @@ for padded in (hard.PADDED, hard.PADDED_TO_THE_END):
     )(_exp_of_rounded_lse)
 
 
-@broken(
-    "jax:delta-of-rounded-out",
-    caught_in=hard.PEAKED,
-    wrong={"dq", "dk"},
-    says="times its limit",
-    verdict="lossy",
-)
-def _(problem, operands):
+def _delta_of_rounded_out(problem, operands):
     """Takes delta of an O that was rounded to bfloat16, as FlashAttention's kernels do."""
     return _as_flash(
         problem,
@@ -283,6 +276,17 @@ def _(problem, operands):
         probabilities=lambda s, lse: jax.nn.softmax(s),
         out_for_delta=lambda out: out.astype(problem.dtype).astype(jnp.float32),
     )
+
+
+for sharp in (hard.PEAKED, hard.FAR_APART):
+    broken(
+        f"jax:delta-of-rounded-out-{sharp.name}",
+        caught_in=sharp,
+        wrong={"dq", "dk"},
+        says="times its limit",
+        dtypes=HALVES,
+        verdict="lossy",
+    )(_delta_of_rounded_out)
 
 
 @broken(

@@ -83,13 +83,22 @@ def values_that_cancel(random):
 
 
 def keys_that_cancel(random):
-    return normal(random, k=10 + 0.1 * random.standard_normal((B, H, SK, D)))
+    return normal(random, k=3 + 0.3 * random.standard_normal((B, H, SK, D)))
+
+
+def two_keys_far_apart(random):
+    """dq is −3.35e-4: a part in 3000 of the terms whose difference it is."""
+    return {
+        n: np.array(x).reshape(1, 1, -1, 1)
+        for n, x in (("q", 8.0), ("k", [1.0, 0.0]), ("v", [1.0, 2.0]))
+    }
 
 
 PADDED = hard("padded", padded(-1e9, keys_too=True))
 # The least of bfloat16, which float32 holds too; float32's own is beyond bfloat16.
 PADDED_TO_THE_END = hard("padded-to-the-end", padded(-3.3895e38, keys_too=False))
 PEAKED = hard("peaked", peaked)
+FAR_APART = hard("two-keys-far-apart", two_keys_far_apart, scale=1.0)
 
 HARD = (
     PADDED,

@@ -43,6 +43,14 @@ def test_the_hard_cases_stay_beneath_the_ceilings_but_for_values_that_cancel(dty
     assert not any(c.case in str(report) for c in report.ceilings) or "ceiling" in str(report)
 
 
+def test_what_is_lost_of_out_is_seen_beneath_what_flows_back_through_lse():
+    """With a cotangent of LSE dq is 3000 times what it is of out alone, and hid that all was lost."""
+    report = crosscheck(["torch:sdpa-flash", *OURS], [hard.FAR_APART], ["bfloat16"])
+    assert report.verdicts == {"torch:sdpa-flash": "lossy"} | dict.fromkeys(OURS, "agree"), str(
+        report
+    )
+
+
 # The verdicts
 
 

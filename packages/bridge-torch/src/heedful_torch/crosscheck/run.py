@@ -144,6 +144,8 @@ def outcome(name: str, question: Question) -> Outcome:
             with_lse, lse_reasons, answer = _first_answer(name, question)
             result = replace(result, lse_reasons=lse_reasons, seconds=time.perf_counter() - started)
             judgements, faults = judge_all(question, answer, with_lse)
+            if with_lse and not faults:
+                judgements, faults = _of_out_alone(name, question, judgements)
             if faults:
                 judgements, faults = _diagnose(name, question, with_lse, judgements, faults)
             faults += _unrepeated(name, question, with_lse, answer)
@@ -203,6 +205,23 @@ def judge_all(
     return judgements, [
         (t, fault) for t, judgement in judgements.items() for fault in judgement.faults
     ]
+
+
+def _of_out_alone(
+    name: str, question: Question, judgements: dict[str, Judgement]
+) -> tuple[dict[str, Judgement], list[Fault]]:
+    """Judges the gradients again, of out alone, and keeps what is worse.
+
+    On peaked rows out's gradients nearly cancel, and LSE's are large: within their sum all digits of
+    out's may be lost unseen. They are what most users ask for.
+    """
+    alone = replace(question, lse_cotangent=np.zeros_like(question.lse_cotangent))
+    answer = ask(name, alone, question.poisoned or question.inputs, with_lse=True)
+    found, faults = judge_all(question, answer, with_lse=False)
+    worse = {
+        t: max(judgements[t], j, key=lambda judgement: judgement.strain) for t, j in found.items()
+    }
+    return worse, [(tensor, f"{said}; without a cotangent of LSE") for tensor, said in faults]
 
 
 def _diagnose(
