@@ -112,7 +112,13 @@ def _raise(error):
     raise error
 
 
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
 MISDEEDS = {
+    "raises what has no text": lambda: _raise(Mute()),
     "exits": lambda: sys.exit(0),
     "exits without a word": lambda: _raise(SystemExit),
     "interrupts": lambda: _raise(KeyboardInterrupt),
@@ -186,6 +192,38 @@ def test_what_is_known_when_a_run_is_ended_is_written(tmp_path, name, status):
     assert 1 <= len(report["runs"]) < 8
     assert "numpy:ending" in run.stdout
     assert [path.name for path in tmp_path.glob("crosscheck.json*")] == ["crosscheck.json"]
+
+
+LEAVING = """
+    import os, sys, heedful
+    from heedful.backends.numpy_oracle import backend as oracle
+
+    class Leaving:
+        name = "numpy:leaving"
+        reasons, gradients = oracle.reasons, oracle.gradients
+
+        def run(self, problem, operands):
+            os.chdir("/")
+            sys.stdout.close()
+            return oracle.run(problem, operands)
+
+    heedful.register(Leaving())
+"""
+
+
+def test_the_report_is_where_it_was_asked_for_whatever_a_backend_does_to_the_process(tmp_path):
+    (tmp_path / "leaving.py").write_text(textwrap.dedent(LEAVING))
+    kept = tmp_path / "kept.json"
+    (tmp_path / "crosscheck.json").symlink_to(kept)
+    command = "crosscheck --import leaving --backend numpy:leaving --cases full --dtype float32"
+    subprocess.run(
+        [sys.executable, "-c", "from heedful_torch.cli import main; main()", *command.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert json.loads(kept.read_text())["complete"] is True
+    assert (tmp_path / "crosscheck.json").is_symlink()
 
 
 @pytest.mark.parametrize("asked", ["backends", "cases", "dtypes"])

@@ -76,7 +76,8 @@ def crosscheck(
     )
 
     _import(imports or [])
-    _check_writable(json_path)
+    target = json_path.resolve()  # now: a backend may leave this folder, and a link stays a link
+    _check_writable(target)
     if input_file and json_path.exists() and input_file.exists() and json_path.samefile(input_file):
         _stop(f"--json {json_path} is the file of --input. Write the report to another one.")
     if quick and (cases or input_file):
@@ -108,9 +109,10 @@ def crosscheck(
         _stop(str(error))
     except judge.Interrupted as interrupted:
         report, ended = interrupted.report, interrupted.__cause__
+    # First the file: what a backend did to this process may keep the table from being printed.
+    _write(target, json.dumps(report.as_json(), indent=1) + "\n")
     wide = None if sys.stdout.isatty() else judge.report.WIDTH
     Console(width=wide).print(report)
-    _write(json_path, json.dumps(report.as_json(), indent=1) + "\n")
     typer.echo(f"The same as JSON: {json_path}")
     if ended is not None:
         typer.echo(
@@ -131,7 +133,10 @@ def _end(*_: object) -> NoReturn:
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole file or none of it."""
+    """The whole file or none of it; what is no file, as /dev/stdout, as it goes."""
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)
     part.replace(path)

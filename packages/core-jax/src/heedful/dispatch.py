@@ -183,7 +183,7 @@ def _load(group: str, name: str) -> Any:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a package may even exit when it is imported
-            raise LookupError(f"cannot be imported: {_said(error)}") from error
+            raise LookupError(f"cannot be imported: {in_a_line(error)}") from error
     return _loaded[key]
 
 
@@ -191,10 +191,11 @@ def _package(point: EntryPoint) -> str:
     return f"{point.dist.name} ({point.value})" if point.dist else point.value
 
 
-def _said(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+    """An exception in a line, whatever its own text does."""
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # somebody else's __str__
+    except BaseException:  # somebody else's __str__
         return type(error).__name__
 
 
@@ -215,7 +216,7 @@ def _backend(name: str) -> Backend:
     except LookupError as error:
         return _Unusable(name, str(error))
     except Exception as error:  # attributes that raise, a name that is none
-        return _Unusable(name, f"is no backend: {_said(error)}")
+        return _Unusable(name, f"is no backend: {in_a_line(error)}")
     return backend
 
 
@@ -535,7 +536,7 @@ def _own_reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever a broken backend raises, the others must go on
-        return (f"its reasons fails: {_said(error)}",)
+        return (f"its reasons fails: {in_a_line(error)}",)
     if not isinstance(own, list | tuple) or not all(isinstance(reason, str) for reason in own):
         return (f"it must give its reasons as a list of strings. Got {type(own).__name__}.",)
     return tuple(own)

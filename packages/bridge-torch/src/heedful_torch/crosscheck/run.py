@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import heedful
+from heedful.dispatch import in_a_line
 from heedful.results import WrongResult
 from heedful_torch.crosscheck.ask import Refused, ask, ask_second, framework
 from heedful_torch.crosscheck.cases import Case, InputError
@@ -157,7 +158,7 @@ def outcome(name: str, question: Question) -> Outcome:
         return replace(result, reasons=refusal.reasons)
     except BaseException as error:  # whatever a backend raises, in this thread nobody else does
         tensor = error.tensor if isinstance(error, WrongResult) else None
-        faults = [(tensor, f"raised {type(error).__name__}: {error}")]
+        faults = [(tensor, f"raised {in_a_line(error)}")]
     losses = [(t, said) for t, found in result.judgements.items() for said in found.losses]
     failures, lost = (
         tuple(Failure(name, case.name, dtype, tensor, said) for tensor, said in found)
@@ -257,7 +258,7 @@ def _second_derivatives(name: str, question: Question, with_lse: bool) -> dict[s
     direction = directions(question)
     try:
         got = ask_second(name, question, with_lse, direction)
-    except Exception as error:
+    except Exception as error:  # which kind says "there is none" differs by framework
         if is_refusal(error):
             return {}
         raise
