@@ -196,6 +196,39 @@ def _(problem, operands):
     return out, lse / math.log(2)
 
 
+def _derived_again_as(problem, operands, again):
+    """Plain attention whose gradients are right, and take their own derivative as if of `again`(x)."""
+    rest = operands._replace(q=None, k=None, v=None)
+
+    def attend(*qkv):
+        return plain(problem, rest._replace(**dict(zip("qkv", qkv, strict=True))))
+
+    attend_once = jax.custom_vjp(attend)
+    attend_once.defvjp(
+        lambda *qkv: (attend(*qkv), qkv),
+        lambda qkv, cotangents: jax.vjp(attend, *again(*qkv))[1](cotangents),
+    )
+    return attend_once(*operands[:3])
+
+
+@broken("jax:second-derivative-lost", caught_in="full", wrong={"d2q"})
+def _(problem, operands):
+    return _derived_again_as(problem, operands, lambda q, k, v: (jax.lax.stop_gradient(q), k, v))
+
+
+@broken(
+    "jax:second-derivative-a-fiftieth-off",
+    caught_in="window-causal",
+    wrong={"d2k"},
+    dtypes=("float32", *HALVES),
+)
+def _(problem, operands):
+    def more(x):
+        return x + 0.02 * (x - jax.lax.stop_gradient(x))
+
+    return _derived_again_as(problem, operands, lambda q, k, v: (q, more(k), v))
+
+
 @broken("jax:bfloat16-sums", caught_in="long", wrong={"out"}, dtypes=("float32", *HALVES))
 def _(problem, operands):
     """Adds up 20 keys at a time in bfloat16."""

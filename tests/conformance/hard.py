@@ -86,6 +86,31 @@ def keys_that_cancel(random):
     return normal(random, k=3 + 0.3 * random.standard_normal((B, H, SK, D)))
 
 
+def one_far_query(random):
+    """Four numbers of LSE, all near 100: a yardstick is a sample of four, and may be lucky."""
+    made = {n: random.standard_normal((1, 4, s, 256)) for n, s in (("q", 1), ("k", SK), ("v", SK))}
+    for n in "qk":
+        made[n][..., 0] = 40 * (1 + 0.01 * random.standard_normal(made[n].shape[:-1]))
+    return made
+
+
+def far_and_padded(random):
+    """Products of single numbers, which fuse with the bias's sum in some kernels, and in some do not."""
+    made = {
+        n: random.standard_normal((1, 1, s, 1)) for n, s in (("q", 200), ("k", 300), ("v", 300))
+    }
+    for n in "qk":
+        made[n] = 10 * (1 + 0.01 * made[n])
+    return made | {"bias": np.full((1, 1, 200, 300), -3e4)}
+
+
+def one_query_of_one_key(random):
+    """Only what flows back through LSE is not cancelled, and of the rest its rounding is left."""
+    return normal(random, q=random.standard_normal((B, H, 1, D))) | {
+        n: random.standard_normal((B, H, 1, D)) for n in "kv"
+    }
+
+
 def two_keys_far_apart(random):
     """dq is −3.35e-4: a part in 3000 of the terms whose difference it is."""
     return {
@@ -97,6 +122,7 @@ def two_keys_far_apart(random):
 PADDED = hard("padded", padded(-1e9, keys_too=True))
 # The least of bfloat16, which float32 holds too; float32's own is beyond bfloat16.
 PADDED_TO_THE_END = hard("padded-to-the-end", padded(-3.3895e38, keys_too=False))
+FAR_AND_PADDED = hard("far-and-padded", far_and_padded)
 PEAKED = hard("peaked", peaked)
 FAR_APART = hard("two-keys-far-apart", two_keys_far_apart, scale=1.0)
 
@@ -115,6 +141,8 @@ HARD = (
     hard("outliers", outliers(10.0)),
     hard("large-outliers", outliers(100.0)),
     hard("minus-infinite-bias", minus_infinite_bias),
+    hard("one-far-query", one_far_query),
+    hard("one-query-of-one-key", one_query_of_one_key),
     hard("values-that-cancel", values_that_cancel),
     hard("keys-that-cancel", keys_that_cancel),
 )

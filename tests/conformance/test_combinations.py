@@ -14,14 +14,17 @@ from heedful_torch.crosscheck import crosscheck
 from heedful_torch.crosscheck.cases import combined, everything, quick
 from heedful_torch.crosscheck.combinations import (
     FACTORS,
+    TRIPLED,
     VIEWS,
     is_possible,
     judges_everything,
     pairs,
     pairs_of,
     table,
+    triples_of,
 )
 from heedful_torch.crosscheck.question import Question
+from heedful_torch.crosscheck.run import is_asked
 
 
 def is_completable(part):
@@ -50,17 +53,38 @@ def test_every_possible_pair_stands_in_a_row_where_everything_is_judged():
     found = {pair for row in table() if judges_everything(row) for pair in pairs_of(row)}
     viewed = {pair for row in table() for pair in pairs_of(row)}
     missing, possible = [], 0
-    for (a, ones), (b, others) in combinations(FACTORS.items(), 2):
-        for x, y in product(ones, others):
-            pair = {a: x, b: y}
-            is_view = any(pair.get(name) in values for name, values in VIEWS.items())
-            if is_completable(pair):
-                possible += 1
-                if frozenset(pair.items()) not in (viewed if is_view else found):
-                    missing.append(pair)
+    for pair in completable(combinations(FACTORS, 2)):
+        possible += 1
+        if frozenset(pair.items()) not in (viewed if is_view(pair) else found):
+            missing.append(pair)
     assert not missing
     assert possible == pairs(table())
     print(f"{possible} pairs in {len(table())} rows")
+
+
+def test_every_possible_triple_of_what_kernels_branch_on_does_too():
+    found = {triple for row in table() if judges_everything(row) for triple in triples_of(row)}
+    every = [part for part in completable(TRIPLED) if not is_view(part)]
+    assert not [part for part in every if frozenset(part.items()) not in found]
+    print(f"{len(every)} triples in {len(table())} rows")
+
+
+@pytest.mark.parametrize("backend", ["jax:flash", "torch:sdpa-math", "numpy:oracle"])
+def test_every_row_is_asked_of_backends_of_every_framework(backend):
+    assert all(is_asked(backend, case) for case in combined())
+
+
+def completable(of_names):
+    """Every choice of values of these factors that some row may have."""
+    for names in of_names:
+        for values in product(*(FACTORS[name] for name in names)):
+            part = dict(zip(names, values, strict=True))
+            if is_completable(part):
+                yield part
+
+
+def is_view(part):
+    return any(part.get(name) in values for name, values in VIEWS.items())
 
 
 def test_the_quick_selection_has_every_value_and_most_pairs():

@@ -94,7 +94,7 @@ def test_a_backend_that_needs_no_gradients_of_its_own_is_judged_by_what_it_retur
     assert report.agree
     (outcome,) = report.outcomes
     assert set(outcome.judgements) == {"out"}
-    assert outcome.lse_reasons == ("it returns no LSE",)
+    assert outcome.lacking["LSE"] == ("it returns no LSE",)
 
 
 def test_float64_is_judged_by_float64():
@@ -509,7 +509,7 @@ def test_agreement_is_status_0(tmp_path):
     assert plain_row["worst"].keys() == {"out", "lse", "dq", "dk", "dv"}
     assert torch_row["worst"].keys() == {"out", "dq", "dk", "dv"}
     assert plain_row["worst"]["dk"]["error"]["rms"] < 1e-6
-    assert written["refusals"][0]["lse_only"]
+    assert written["refusals"][0]["part"] == "LSE"
 
 
 def test_disagreement_is_status_1(tmp_path, registered):

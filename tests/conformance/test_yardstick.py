@@ -35,6 +35,13 @@ def test_honest_backends_pass_where_it_is_hard_and_ours_lose_nothing(case, dtype
         assert all(report.verdicts[name] == "agree" for name in OURS), str(report)
 
 
+def test_float64_is_no_better_than_float64():
+    """The oracle's own scores are off by 2e-12 beside a bias of −30000, and plain attention's alike."""
+    for seed in range(3):
+        report = crosscheck(OURS, [hard.FAR_AND_PADDED], ["float64"], seed)
+        assert set(report.verdicts.values()) == {"agree"}, str(report)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_hard_cases_stay_beneath_the_ceilings_but_for_values_that_cancel(dtype):
     """A ceiling that is reached takes away what tells good from bad."""

@@ -14,7 +14,14 @@ from pathlib import Path
 from covertable.main import Controller
 
 from heedful_torch.crosscheck import combinations
-from heedful_torch.crosscheck.combinations import FACTORS, RULES, VIEWS, Choice, pairs_of
+from heedful_torch.crosscheck.combinations import (
+    FACTORS,
+    RULES,
+    TRIPLES,
+    VIEWS,
+    Choice,
+    pairs_of,
+)
 
 TABLE = Path(combinations.__file__).with_suffix(".tsv")
 
@@ -22,7 +29,7 @@ TABLE = Path(combinations.__file__).with_suffix(".tsv")
 def main() -> None:
     """Writes the table."""
     everything = {name: _without_views(name) for name in FACTORS}
-    rows = _cover(everything, [])
+    rows = _cover(everything, [{"fields": list(names), "strength": 3} for names in TRIPLES])
     for name, views in VIEWS.items():
         # With one factor alone there are no pairs but those of the sub-models: of the view and the rest.
         beside = {n: list(views) if n == name else everything[n] for n in FACTORS}

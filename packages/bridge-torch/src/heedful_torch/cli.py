@@ -35,9 +35,7 @@ def crosscheck(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(
-            help="float64, float32, float16 or bfloat16; by default each case's own, or the last three."
-        ),
+        typer.Option(help="float64, float32, float16 or bfloat16; by default each case's own."),
     ] = None,
     input_file: Annotated[
         Path | None,
@@ -91,6 +89,8 @@ def crosscheck(
             *loaded,
             *(judge.quick() if quick else ()),
         ]
+        if quick:
+            typer.echo(f"--quick: {judge.share_of_pairs(judge.quick())}.", err=True)
         for needed in judge.memory_needed(loaded, backend, *([dtype] if dtype else [])):
             typer.echo(f"memory: {needed}", err=True)
         with _progress_bar() as bar:

@@ -19,7 +19,15 @@ import time
 from collections.abc import Sequence
 
 import heedful
-from heedful_torch.crosscheck.cases import Case, InputError, everything, load, quick, select
+from heedful_torch.crosscheck.cases import (
+    Case,
+    InputError,
+    everything,
+    load,
+    quick,
+    select,
+    share_of_pairs,
+)
 from heedful_torch.crosscheck.memory import Memory, estimate
 from heedful_torch.crosscheck.report import Report
 from heedful_torch.crosscheck.run import (
@@ -43,6 +51,7 @@ __all__ = [
     "load",
     "memory_needed",
     "quick",
+    "share_of_pairs",
 ]
 
 
@@ -72,8 +81,7 @@ def crosscheck(
         backends: names; None for all that are installed or registered.
         cases: of `load`, or names and groups of the generated cases and the packaged activations,
             `*` and `?` allowed; None for all of those.
-        dtypes: of "float64", "float32", "float16" and "bfloat16"; None for each case's own, or the last
-            three.
+        dtypes: of "float64", "float32", "float16" and "bfloat16"; None for each case's own.
         seed: of the generated inputs and of all cotangents.
         progress: called with (done, total, what comes next).
         strict: whether `lossy` counts as disagreement: a backend that loses no more digits than

@@ -123,7 +123,7 @@ def ask_second(
         backend: its name.
         question: what is asked, with poison where nobody looks.
         with_lse: whether LSE is asked for and differentiated.
-        direction: of q, k, v and bias, in canonical form.
+        direction: of q, k and v, in canonical form, and of bias as called.
 
     Returns:
         NumPy arrays; None where the caller is NumPy, which differentiates nothing.
@@ -138,7 +138,7 @@ def ask_second(
         arrays["bias"] = options.pop("bias")
     along = {n: question.as_called(u) for n, u in direction.items() if n != "bias"}
     if "bias" in direction:
-        along["bias"] = direction["bias"].reshape(arrays["bias"].shape)
+        along["bias"] = direction["bias"]
     cotangents = [question.as_called(question.out_cotangent)]
     if with_lse:
         cotangents.append(question.rows_as_called(question.lse_cotangent))
@@ -293,7 +293,7 @@ def _ask_numpy(
     )
     gradients = {n: question.as_called(x) for n, x in zip("qkv", heads, strict=True)}
     if dbias is not None:
-        gradients["bias"] = dbias.reshape(arrays["bias"].shape)
+        gradients["bias"] = question.as_bias_came(dbias).reshape(arrays["bias"].shape)
     return list(results), gradients
 
 

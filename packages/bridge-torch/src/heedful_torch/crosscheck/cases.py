@@ -56,6 +56,7 @@ class Case:
         make: from random numbers to float64 q, k, v (B, H, S, D) and array options.
         options: the options that are no arrays.
         dtype: the only one that it is for; None where it is for any.
+        usual: where it is for any, the ones that it is asked in unless somebody says otherwise.
         rank: of q, k and v as the backend gets them; below 4, B (and H) must be 1.
         wide_bias: whether the bias has the accumulator's dtype instead of q's.
         return_lse: whether LSE is asked for, of backends that have one.
@@ -71,6 +72,7 @@ class Case:
     make: Maker
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
+    usual: tuple[str, ...] = ("float32", "bfloat16", "float16")
     rank: int = 4
     wide_bias: bool = False
     return_lse: bool = True
@@ -132,7 +134,11 @@ class Case:
             x = np.broadcast_to(x, scores)
         if x.ndim == 4:  # over the scores
             whole = len(x) == scores[0]
-            return x.reshape(*(lead if whole else (1,) * len(lead)), *x.shape[1:])
+            x = x.reshape(*(lead if whole else (1,) * len(lead)), *x.shape[1:])
+            for axis in range(len(lead)) if self.rank > 4 and self.memory != "expanded" else ():
+                first = x.take([0], axis)
+                x = first if (x == first).all() else x  # what repeats along one of them has it as 1
+            return x
         return x.reshape(lead or (1,)) if x.ndim == 1 else x  # a number for each row
 
     def _lead(self, batch: int) -> tuple[int, ...]:
@@ -240,8 +246,21 @@ def integers(*values: int) -> ArrayOption:
 CAUSAL, TOP_LEFT = {"causal": True}, {"causal": "top_left"}
 GROUPED = MANY_KEYS._replace(kv_heads=2)
 
+# The table has float16 beside everything, and float64: here it would take time and show nothing new.
+NAMED_DTYPES = ("float32", "bfloat16")
+
 # Where second derivatives are judged: few, since each costs every JAX backend a long compilation.
-SECOND = ("full", "mask-causal", "softcap-bias", "lengths-causal", "gqa", "from-torch")
+SECOND = (
+    "full",
+    "window-causal",
+    "offset-each",
+    "mask-causal",
+    "lengths-causal",
+    "gqa",
+    "value-dim",
+    "softcap-bias",
+    "from-torch",
+)
 
 # Group, case, and what a `Case` of that name is made of.
 NAMED: dict[str, dict[str, dict[str, Any]]] = {
@@ -332,7 +351,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
 def named() -> tuple[Case, ...]:
     """The cases that show one thing each."""
     return tuple(
-        Case(name=name, group=group, second=name in SECOND, **parts)
+        Case(name=name, group=group, second=name in SECOND, usual=NAMED_DTYPES, **parts)
         for group, cases in NAMED.items()
         for name, parts in cases.items()
     )
@@ -343,12 +362,25 @@ def named() -> tuple[Case, ...]:
 HARD = 100.0  # a logit whose exponential float32 does not hold, nor, below 0, that of its negative
 
 WINDOWS = {"left": (9, None), "both": (9, 4), "right": (None, 4), "self": (0, 0)}
+
+
+def outer(option: ArrayOption) -> ArrayOption:
+    """The same for all that differ in the second leading axis alone, of (2, 3)."""
+    return lambda random, sizes: option(random, sizes)[[0, 0, 0, 3, 3, 3]]
+
+
+def inner(option: ArrayOption) -> ArrayOption:
+    """The same for all that differ in the first leading axis alone, of (2, 3)."""
+    return lambda random, sizes: option(random, sizes)[[0, 1, 2, 0, 1, 2]]
+
+
 MASKS = {
     "padding": key_padding,
     "full": FULL_MASK,
     "shared": random_mask("q", "k"),
     "heads": random_mask("h", "k"),
     "batch": random_mask("b", "k"),
+    "outer": outer(random_mask("b", "k")),
     "queries": random_mask("b", "q"),
     "head-rows": random_mask("h", "q", "k"),
     "empty-rows": mask_with_empty_rows,
@@ -377,6 +409,7 @@ BIASES = {
     "shared": random_bias("q", "k"),
     "heads": random_bias("h", "k"),
     "batch": random_bias("b", "k"),
+    "inner": inner(random_bias("b", "h", "q", "k")),
     "rows": random_bias("b", "q"),
     "hiding": hiding_bias,
     "floor": floor_bias,
@@ -498,6 +531,15 @@ QUICK = 40  # combinations
 def quick() -> tuple[Case, ...]:
     """A selection that has every value of every factor, most pairs, and real activations."""
     return combined()[:QUICK] + select(["full", "minilm-layer0"], named() + activations())
+
+
+def share_of_pairs(cases: Iterable[Case]) -> str:
+    """How much of the table some cases are, in words: "40 of 178 combinations, …"."""
+    rows, table = [case.row for case in cases if case.row is not None], combinations.table()
+    return (
+        f"{len(rows)} of {len(table)} combinations, in which {combinations.pairs(rows)} of "
+        f"{combinations.pairs(table)} pairs of values stand together"
+    )
 
 
 def select(patterns: Sequence[str], cases: Iterable[Case]) -> tuple[Case, ...]:

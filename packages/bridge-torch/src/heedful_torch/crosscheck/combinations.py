@@ -1,11 +1,12 @@
 """What is combined with what: the factors of an attention call, and a table that pairs all their values.
 
 Most of what goes wrong in a kernel needs two things at once: a window and lengths, a head size of 128
-and half precision, a causal mask and as many queries as keys. So everything that a call can vary in is
-a factor here, sizes, dtypes, callers and memory layouts as well as options, and `combinations.tsv` is a
-covering array over them: every two values of two factors that are possible together stand together in
-at least one row in which everything is judged. Rows in which less is judged (no LSE is asked for; the
-caller is NumPy, which differentiates nothing) come on top, each such view beside every value.
+and half precision, a causal mask and as many queries as keys; some of it three. So everything that a
+call can vary in is a factor here, sizes, dtypes, callers and memory layouts as well as options, and
+`combinations.tsv` is a covering array over them: every two values of two factors that are possible
+together stand together in at least one row in which everything is judged, and so do every three of the
+factors in `TRIPLES`. Rows in which less is judged (no LSE is asked for; the caller is NumPy, which
+differentiates nothing) come on top, each such view beside every value.
 
 `packages/bridge-torch/tools/combine.py` makes the table; a test proves that every pair is there.
 """
@@ -41,14 +42,35 @@ FACTORS: Choice = {
     "q_lengths": ("none", "some", "zero"),
     "kv_lengths": ("none", "some", "zero"),
     "mask": (
-        "none", "padding", "full", "shared", "heads", "batch", "queries", "head-rows", "empty-rows",
+        "none", "padding", "full", "shared", "heads", "batch", "outer", "queries", "head-rows",
+        "empty-rows",
     ),
-    "bias": ("none", "full", "shared", "heads", "batch", "rows", "hiding", "floor"),
+    "bias": ("none", "full", "shared", "heads", "batch", "inner", "rows", "hiding", "floor"),
     "bias_dtype": ("q's", "accumulator"),
     "scale": ("default", "0.3", "-0.2", "0"),
     "softcap": ("none", "1.5", "30"),
     "logits": ("usual", "large", "above", "below"),
 }  # fmt: skip
+
+# Of these any three values stand together too: they cost few rows, and kernels branch on them.
+TRIPLES = (
+    (
+        "dtype", "head_dim", "causal", "window", "layout", "q_lengths", "kv_lengths", "softcap",
+    ),
+    ("dtype", "causal", "mask"),
+    ("dtype", "causal", "bias"),
+    ("dtype", "causal", "heads"),
+    ("dtype", "head_dim", "value_dim"),
+    ("dtype", "layout", "memory"),
+    ("dtype", "layout", "rank"),
+    ("dtype", "layout", "caller"),
+    ("layout", "memory", "rank"),
+    ("layout", "heads", "kv_lengths"),
+    ("causal", "window", "offset"),
+    ("q_lengths", "kv_lengths", "offset"),
+)  # fmt: skip
+
+TRIPLED = tuple({names for factors in TRIPLES for names in combinations(factors, 3)})
 
 # In rows with one of these less is judged, so that they prove nothing about any other pair.
 VIEWS: Choice = {"caller": ("numpy",), "return_lse": ("no",)}
@@ -71,6 +93,8 @@ RULES = (
     Rule({"rank": ("2",)}, {"heads": ("1/1",)}, "(S, D) has one head"),
     Rule({"rank": ("2", "3")}, {"batch": ("1",)}, "without a batch axis there is one"),
     Rule({"mask": ("padding",)}, {"rank": ("4",)}, "the form (B, Sk) goes with rank 4"),
+    Rule({"mask": ("outer",), "bias": ("inner",)}, {"rank": ("5",)}, "one of two leading axes"),
+    Rule({"mask": ("outer",), "bias": ("inner",)}, {"batch": ("6",)}, "both of them larger than 1"),
     Rule(
         {"offset": _but("offset", "default")},
         {"causal": ("yes",), "window": _but("window", "none")},
@@ -86,7 +110,7 @@ RULES = (
     Rule(
         {"memory": ("expanded",)},
         {
-            "mask": ("shared", "heads", "batch", "queries", "head-rows"),
+            "mask": ("shared", "heads", "batch", "outer", "queries", "head-rows"),
             "bias": _but("bias", "none", "full"),
         },
         "something has an axis of 1 to be expanded",
@@ -107,6 +131,11 @@ RULES = (
         "a cap of 1.5 flattens logits near 100, and no gradient is left",
     ),
     Rule(
+        {"logits": ("above", "below")},
+        {"dtype": ("float32", "float64"), "head_dim": _but("head_dim", "1")},
+        "keys of one number, all nearly alike: half precision leaves nothing of dq, their differences",
+    ),
+    Rule(
         {"q_lengths": ("zero",), "kv_lengths": ("zero",)},
         {"batch": ("2", "6")},
         "of one row with nothing in it there is nothing to judge",
@@ -125,6 +154,11 @@ RULES = (
         {"mask": ("empty-rows",)},
         {"window": _but("window", "self")},
         "one query sees itself, and the last keys are hidden",
+    ),
+    Rule(
+        {"window": ("self",)},
+        {"lengths": _but("lengths", "1x1", "1x133", "1x4160")},
+        "one query that may see one key soon sees none",
     ),
     Rule({"lengths": LONG}, {"batch": ("1", "2")}, "time and memory"),
     Rule({"lengths": ("1031x1300",)}, {"heads": ("1/1", "4/2")}, "time and memory"),
@@ -149,7 +183,18 @@ def judges_everything(row: Row) -> bool:
 
 def pairs_of(row: Row) -> Iterable[frozenset[tuple[str, str]]]:
     """Every two values that stand together in a row."""
-    for names in combinations(FACTORS, 2):
+    return _together(row, combinations(FACTORS, 2))
+
+
+def triples_of(row: Row) -> Iterable[frozenset[tuple[str, str]]]:
+    """Every three values of `TRIPLES` that stand together in a row."""
+    return _together(row, TRIPLED)
+
+
+def _together(
+    row: Row, of_names: Iterable[tuple[str, ...]]
+) -> Iterable[frozenset[tuple[str, str]]]:
+    for names in of_names:
         yield frozenset((name, row[name]) for name in names)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from heedful import Operands, Problem, oracle
 from heedful_torch.crosscheck.cases import Case, InputError, Inputs
-from heedful_torch.crosscheck.yardstick import BEST, Arithmetic, Tensors, attend, lossy
+from heedful_torch.crosscheck.tolerance import Standard
+from heedful_torch.crosscheck.yardstick import Arithmetic, Tensors, attend, best, lossy
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,41 @@ class Question:
         dq, dk, dv, dbias = oracle.gradients(self.problem, self.operands, *cotangents)
         right = self._forward | {"dq": dq, "dk": dk, "dv": dv}
         if dbias is not None:
-            right["dbias"] = self._as_bias_came(dbias)
+            right["dbias"] = self.as_bias_came(dbias)
 
         def by(arithmetic: Arithmetic) -> Tensors:
             tensors = attend(arithmetic, self.problem, self.operands, *cotangents)
             if "dbias" in tensors:
-                tensors["dbias"] = self._as_bias_came(tensors["dbias"])
+                tensors["dbias"] = self.as_bias_came(tensors["dbias"])
             return tensors
 
-        return Answers(right, tuple(map(by, BEST)), tuple(map(by, lossy(self.dtype))))
+        return Answers(right, *(tuple(map(by, orders(self.dtype))) for orders in (best, lossy)))
+
+    def standards(self, with_lse: bool) -> dict[str, Standard]:
+        """What each tensor is judged by."""
+        return self._standards_with_lse if with_lse else self._standards_without_lse
+
+    @cached_property
+    def _standards_with_lse(self) -> dict[str, Standard]:
+        return self._standards(self._with_lse)
+
+    @cached_property
+    def _standards_without_lse(self) -> dict[str, Standard]:
+        return self._standards(self._without_lse)
+
+    def _standards(self, answers: Answers) -> dict[str, Standard]:
+        return {
+            tensor: Standard.of(
+                tensor,
+                right,
+                [reading[tensor] for reading in answers.best],
+                self.dtype,
+                self.hidden[tensor],
+                self.uncancelled.get(tensor, 0.0),
+                [reading[tensor] for reading in answers.lossy],
+            )
+            for tensor, right in answers.right.items()
+        }
 
     def check_range(self) -> None:
         """Whether the question can be answered in its dtype at all.
@@ -147,7 +174,7 @@ class Question:
         queries, keys = queries[..., None], keys[..., None]
         reached = {"out": queries, "lse": queries, "dq": queries, "dk": keys, "dv": keys}
         if scores is not None:
-            reached["dbias"] = self._as_bias_came(scores) > 0
+            reached["dbias"] = self.as_bias_came(scores) > 0
         return reached, seeing[..., None], seen_keys[..., None]
 
     @cached_property
@@ -190,7 +217,8 @@ class Question:
     def operands(self) -> Operands:
         """The arrays of the call in canonical form."""
         options = self.inputs.options
-        over_scores = {n: self._over_scores(n, options.get(n)) for n in ("mask", "bias")}
+        given = [n for n in ("mask", "bias") if options.get(n) is not None]
+        over_scores = {n: self.over_scores(n, options[n]) for n in given}
         q, k, v = (self._from_called(x) for x in (self.inputs.q, self.inputs.k, self.inputs.v))
         lengths = {n: self._each_row(options.get(n)) for n in ("q_lengths", "kv_lengths")}
         q_offset = self._each_row(options.get("q_offset"))
@@ -203,10 +231,8 @@ class Question:
             )
         return Operands(q, k, v, **over_scores, **lengths, q_offset=q_offset)
 
-    def _over_scores(self, name: str, x: np.ndarray | None) -> np.ndarray | None:
+    def over_scores(self, name: str, x: np.ndarray) -> np.ndarray:
         """A mask or a bias → rank 4, each axis full or 1 of (B, Hq, Sq, Sk)."""
-        if x is None:
-            return None
         if name == "mask" and len(self._lead) == 1 and x.shape == (*self._lead, self._kv_length):
             return x[:, None, None, :]
         x = x.reshape(*self._lead_of(x), *((1, 1, 1, *x.shape)[-3:]))
@@ -231,7 +257,7 @@ class Question:
         flat = np.broadcast_to(wide, self._lead) if wide.ndim == len(self._lead) else wide
         return np.broadcast_to(flat.reshape(-1), math.prod(self._lead))
 
-    def _as_bias_came(self, x: np.ndarray) -> np.ndarray:
+    def as_bias_came(self, x: np.ndarray) -> np.ndarray:
         """dbias of the canonical bias → rank 4, summed where the bias was repeated to fill B."""
         lead = self._lead_of(self.inputs.options["bias"])
         if x.shape[0] == math.prod(lead):

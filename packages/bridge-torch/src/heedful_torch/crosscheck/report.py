@@ -70,13 +70,13 @@ class Reason:
     """One thing that keeps a backend from some of the runs.
 
     Attributes:
-        lse: whether it keeps the backend from LSE alone.
+        part: what it keeps the backend from, "LSE" or "second derivatives"; "" of the whole run.
         outcomes: the runs.
     """
 
     backend: str
     reason: str
-    lse: bool
+    part: str
     outcomes: tuple[Outcome, ...]
 
 
@@ -169,15 +169,14 @@ class Report:
     @cached_property
     def refusals(self) -> tuple[Reason, ...]:
         """Every reason that anybody gave, and the runs that it was given for."""
-        found: dict[tuple[str, bool, str], list[Outcome]] = {}
+        found: dict[tuple[str, str, str], list[Outcome]] = {}
         for o in self.outcomes:
-            for reason in o.reasons:
-                found.setdefault((o.backend, False, reason), []).append(o)
-            for reason in o.lse_reasons:
-                found.setdefault((o.backend, True, reason), []).append(o)
+            for part, reasons in {"": o.reasons, **o.lacking}.items():
+                for reason in reasons:
+                    found.setdefault((o.backend, part, reason), []).append(o)
         return tuple(
-            Reason(backend, reason, lse, tuple(outcomes))
-            for (backend, lse, reason), outcomes in found.items()
+            Reason(backend, reason, part, tuple(outcomes))
+            for (backend, part, reason), outcomes in found.items()
         )
 
     @cached_property
@@ -283,11 +282,12 @@ def _refusal_table(report: Report) -> Table:
     previous = None
     for reason in _alike(report.refusals):
         runs = report._by_backend[reason.backend]
-        if reason.lse:  # of interest only where LSE was asked for and the rest was computed
-            runs = [o for o in runs if o.lse_reasons or "lse" in o.judgements]
+        if part := reason.part:  # of interest only where it was asked for and the rest was computed
+            tensor = "lse" if part == "LSE" else "d2q"
+            runs = [o for o in runs if part in o.lacking or tensor in o.judgements]
         table.add_row(
             "" if reason.backend == previous else reason.backend,
-            f"LSE alone: {reason.reason}" if reason.lse else reason.reason,
+            f"{part} alone: {reason.reason}" if part else reason.reason,
             _places(reason.outcomes, runs),
         )
         previous = reason.backend
@@ -296,18 +296,18 @@ def _refusal_table(report: Report) -> Table:
 
 def _alike(reasons: Sequence[Reason]) -> list[Reason]:
     """By backend; reasons that differ in numbers alone are one, the numbers left out."""
-    found: dict[tuple[str, str, bool], list[Reason]] = {}
+    found: dict[tuple[str, str, str], list[Reason]] = {}
     for reason in sorted(reasons, key=lambda r: r.backend):
         text = re.sub(r"\b\d+\b", "…", reason.reason)
-        found.setdefault((reason.backend, text, reason.lse), []).append(reason)
+        found.setdefault((reason.backend, text, reason.part), []).append(reason)
     return [
         Reason(
             backend,
             text if len(same) > 1 else same[0].reason,
-            lse,
+            part,
             tuple(o for reason in same for o in reason.outcomes),
         )
-        for (backend, text, lse), same in found.items()
+        for (backend, text, part), same in found.items()
     ]
 
 
@@ -409,7 +409,7 @@ def _reason_as_json(reason: Reason) -> dict[str, Any]:
     return {
         "backend": reason.backend,
         "reason": reason.reason,
-        "lse_only": reason.lse,
+        "part": reason.part or "everything",
         "runs": [[o.case, o.dtype] for o in reason.outcomes],
     }
 
@@ -422,7 +422,7 @@ def _run_as_json(o: Outcome) -> dict[str, Any]:
         "dtype": o.dtype,
         "verdict": o.verdict,
         "reasons": list(o.reasons),
-        "lse_reasons": list(o.lse_reasons),
+        "lacking": {part: list(reasons) for part, reasons in o.lacking.items()},
         "tensors": {tensor: _judgement_as_json(o, tensor) for tensor in o.judgements},
         "failures": [{"tensor": f.tensor, "message": f.message} for f in o.failures],
         "losses": [{"tensor": f.tensor, "message": f.message} for f in o.losses],

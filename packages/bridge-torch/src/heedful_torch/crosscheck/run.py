@@ -3,11 +3,11 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from threading import Lock
 
 import jax
@@ -20,17 +20,19 @@ from heedful_torch.crosscheck.ask import Refused, ask, ask_second, framework
 from heedful_torch.crosscheck.cases import Case, InputError
 from heedful_torch.crosscheck.question import Question
 from heedful_torch.crosscheck.second import directions, is_refusal, judge_second, right
-from heedful_torch.crosscheck.tolerance import Judgement, judge
+from heedful_torch.crosscheck.tolerance import Judgement
 from heedful_torch.crosscheck.yardstick import Tensors
 from heedful_torch.dlpack import CopyWarning
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-USUAL = ("float32", "bfloat16", "float16")  # of cases that are for any dtype
 
 # Most of the time goes into XLA's compilations, which leave Python's lock alone: JAX backends run side
 # by side. torch chooses its SDPA kernel for the whole process, so what calls torch runs one at a time.
 WORKERS = min(os.cpu_count() or 1, 4)
 _one_at_a_time = Lock()
+# Questions are asked before the ones ahead of them are answered, so that nobody waits for a compilation
+# of somebody else; each holds its inputs and what is right, so that this is for small ones.
+AHEAD, SMALL = 2, 2**22
 
 Progress = Callable[[int, int, str], None]
 Fault = tuple[str | None, str]  # the tensor, None for an exception, and what is wrong
@@ -43,6 +45,7 @@ class Failure:
     Attributes:
         tensor: "out", "lse", "dq", "dk", "dv" or "dbias"; None where the backend raised.
         message: what, where and by how much.
+        description: of the case, where its name does not say what is asked.
     """
 
     backend: str
@@ -50,9 +53,11 @@ class Failure:
     dtype: str
     tensor: str | None
     message: str
+    description: str = ""
 
     def __str__(self) -> str:
-        return f"{self.backend}, {self.case}, {self.dtype}: {self.message}"
+        asked = f" ({self.description})" if self.description else ""
+        return f"{self.backend}, {self.case}, {self.dtype}: {self.message}{asked}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Outcome:
 
     Attributes:
         reasons: why it was not run; empty where it was.
-        lse_reasons: why the backend gives no LSE; the rest was judged without.
+        lacking: what of "LSE" and "second derivatives" the backend has not, and why; the rest was judged
+            without.
         judgements: by tensor.
         failures: what is wrong; empty where the backend agrees or is lossy.
         losses: what is lossy, as `tolerance` says; empty where the backend agrees.
@@ -73,7 +79,7 @@ class Outcome:
     group: str
     dtype: str
     reasons: tuple[str, ...] = ()
-    lse_reasons: tuple[str, ...] = ()
+    lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     judgements: dict[str, Judgement] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
     losses: tuple[Failure, ...] = ()
@@ -100,7 +106,7 @@ def collect_outcomes(
     Args:
         backends: their names.
         cases: what to ask them.
-        dtypes: of q, k and v; None: each case's own, `USUAL` where it has none.
+        dtypes: of q, k and v; None: each case's own.
         seed: of the generated inputs and of all cotangents.
         outcomes: where they are put, one after the other: what is known when the run is ended.
         progress: called with (done, total, what comes next).
@@ -108,26 +114,47 @@ def collect_outcomes(
     pairs = [(case, dtype) for case in cases for dtype in _dtypes_of(case, dtypes)]
     with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
         warnings.simplefilter("ignore", CopyWarning)  # of arrays that lie oddly on purpose
-        for done, (case, dtype) in enumerate(pairs):
-            if progress:
-                progress(done, len(pairs), f"{case.name} {dtype}")
-            # A bridge leads from these arrays to every framework but their own.
-            asked = [name for name in backends if framework(name) != case.caller]
-            try:
-                question = Question.of(case, seed, dtype)
-                question.check_range()
-            except InputError as error:
-                why = (str(error),)
-                outcomes += [Outcome(name, case.name, case.group, dtype, why) for name in asked]
-            else:
-                outcomes += pool.map(outcome, asked, repeat(question))
+        asked: deque[list[Future[Outcome]]] = deque()  # question by question
+
+        def wait(most: int) -> None:
+            while len(asked) > most:
+                outcomes.extend([answer.result() for answer in asked[0]])
+                asked.popleft()
+
+        try:
+            for done, (case, dtype) in enumerate(pairs):
+                if progress:
+                    progress(done, len(pairs), f"{case.name} {dtype}")
+                to_ask = [name for name in backends if is_asked(name, case)]
+                try:
+                    question = Question.of(case, seed, dtype)
+                    question.check_range()
+                except InputError as error:
+                    facts = case.name, case.group, dtype, (str(error),)
+                    asked.append([pool.submit(Outcome, name, *facts) for name in to_ask])
+                else:
+                    asked.append([pool.submit(outcome, name, question) for name in to_ask])
+                    wait(AHEAD if question.inputs.q.nbytes < SMALL else 0)
+            wait(0)
+        finally:  # ended from outside: what is known counts, what nobody began is left
+            left = [answer for answers in asked for answer in answers if not answer.cancel()]
+            outcomes += [answer.result() for answer in left]
     if progress:
         progress(len(pairs), len(pairs), "")
 
 
+def is_asked(backend: str, case: Case) -> bool:
+    """Whether a case is for a backend.
+
+    A named case with a caller is of the bridge between two frameworks: within one there is none. A row
+    of the table is a combination of all factors, and every backend's.
+    """
+    return case.row is not None or framework(backend) != case.caller
+
+
 def _dtypes_of(case: Case, dtypes: Sequence[str] | None) -> Sequence[str]:
     if case.dtype is None:
-        return USUAL if dtypes is None else dtypes
+        return case.usual if dtypes is None else dtypes
     return [case.dtype] if dtypes is None or case.dtype in dtypes else []
 
 
@@ -135,7 +162,7 @@ def outcome(name: str, question: Question) -> Outcome:
     """One backend's answer to one question, judged."""
     case, dtype = question.case, question.dtype
     result = Outcome(name, case.name, case.group, dtype)
-    beside_others = framework(name) == "jax" and case.caller is None
+    beside_others = framework(name) == "jax" and case.caller in (None, "jax")
     # JAX has float64 only while x64 is on, which each thread switches for itself.
     float64 = jax.enable_x64(True) if dtype == "float64" else nullcontext()
     faults: list[Fault]
@@ -143,7 +170,9 @@ def outcome(name: str, question: Question) -> Outcome:
         with float64, nullcontext() if beside_others else _one_at_a_time:
             started = time.perf_counter()
             with_lse, lse_reasons, answer = _first_answer(name, question)
-            result = replace(result, lse_reasons=lse_reasons, seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            lacking = {"LSE": lse_reasons} if lse_reasons else {}
+            result = replace(result, lacking=lacking, seconds=seconds)
             judgements, faults = judge_all(question, answer, with_lse)
             if with_lse and not faults:
                 judgements, faults = _of_out_alone(name, question, judgements)
@@ -151,9 +180,11 @@ def outcome(name: str, question: Question) -> Outcome:
                 judgements, faults = _diagnose(name, question, with_lse, judgements, faults)
             faults += _unrepeated(name, question, with_lse, answer)
             if case.second and not faults:
-                judgements |= _second_derivatives(name, question, with_lse)
-                faults += [(t, fault) for t, found in judgements.items() for fault in found.faults]
-            result = replace(result, judgements=judgements)
+                second, reasons = _second_derivatives(name, question, with_lse)
+                faults += [(t, fault) for t, found in second.items() for fault in found.faults]
+                judgements |= second
+                lacking |= {"second derivatives": reasons} if reasons else {}
+            result = replace(result, judgements=judgements, lacking=lacking)
     except Refused as refusal:
         return replace(result, reasons=refusal.reasons)
     except BaseException as error:  # whatever a backend raises, in this thread nobody else does
@@ -161,7 +192,10 @@ def outcome(name: str, question: Question) -> Outcome:
         faults = [(tensor, f"raised {in_a_line(error)}")]
     losses = [(t, said) for t, found in result.judgements.items() for said in found.losses]
     failures, lost = (
-        tuple(Failure(name, case.name, dtype, tensor, said) for tensor, said in found)
+        tuple(
+            Failure(name, case.name, dtype, tensor, said, case.description)
+            for tensor, said in found
+        )
         for found in (faults, losses)
     )
     return replace(result, failures=failures, losses=lost)
@@ -189,19 +223,9 @@ def judge_all(
     """Judges every tensor of an answer."""
     if misshapen := question.misshapen(answer):
         return {}, list(misshapen)
-    answers = question.answers(with_lse)
+    standards = question.standards(with_lse)
     judgements = {
-        tensor: judge(
-            tensor,
-            got,
-            answers.right[tensor],
-            [reading[tensor] for reading in answers.best],
-            question.dtype,
-            question.hidden[tensor],
-            question.uncancelled.get(tensor, 0.0),
-            [reading[tensor] for reading in answers.lossy],
-        )
-        for tensor, got in question.canonical(answer).items()
+        tensor: standards[tensor].judge(got) for tensor, got in question.canonical(answer).items()
     }
     return judgements, [
         (t, fault) for t, judgement in judgements.items() for fault in judgement.faults
@@ -253,20 +277,22 @@ def _diagnose(
     return judgements, faults
 
 
-def _second_derivatives(name: str, question: Question, with_lse: bool) -> dict[str, Judgement]:
-    """Judges the second derivatives of a backend that has them."""
+def _second_derivatives(
+    name: str, question: Question, with_lse: bool
+) -> tuple[dict[str, Judgement], tuple[str, ...]]:
+    """Judges the second derivatives of a backend that has them; why it has none."""
     direction = directions(question)
     try:
         got = ask_second(name, question, with_lse, direction)
     except Exception as error:  # which kind says "there is none" differs by framework
         if is_refusal(error):
-            return {}
+            return {}, ("its gradient cannot be differentiated again",)
         raise
-    if got is None:  # NumPy differentiates nothing
-        return {}
+    if got is None:
+        return {}, ("NumPy differentiates nothing",)
     canonical = question.canonical({n.replace("d2", "d"): x for n, x in got.items()})
     got = {n.replace("d", "d2", 1): x for n, x in canonical.items()}
-    return judge_second(question, got, right(question, direction, with_lse))
+    return judge_second(question, got, right(question, direction, with_lse)), ()
 
 
 def _unrepeated(name: str, question: Question, with_lse: bool, answer: Tensors) -> list[Fault]:

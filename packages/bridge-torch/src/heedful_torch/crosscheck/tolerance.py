@@ -18,7 +18,7 @@ projection  ⟨error, want⟩ / ⟨want, want⟩, the share of the error that is
 LSE alone is measured by the larger of its own size and 1, row by row: it is a logarithm, whose error of
 δ makes every probability wrong by e^δ, and a padded row at −1e9 must not be the measure of the others.
 
-Lossy. Plain attention (`yardstick.BEST`) is the best that honest arithmetic in the dtype does. Flash
+Lossy. Plain attention (`yardstick.best`) is the best that honest arithmetic in the dtype does. Flash
 kernels that take delta of an O rounded to half precision do worse on peaked rows, and those that keep
 one LSE for a row's maximum and sum do in float32 on large logits. What is beyond the limit above, and
 within the same one made of `yardstick.lossy`, is `lossy`: said with its factor, which is its largest
@@ -59,7 +59,10 @@ a yardstick, a wide limit.
   what is said to be hidden, which only ever demands more: zeros, and indifference to NaN.
 - Rank, layout, broadcasting, offsets: `question` reads them out of the call itself.
 - A gradient that cancels entirely is divided by the size of its terms, made of the inputs' RMS alone.
-- The order of summation: a yardstick's noise is a sample. It is drawn twice, and the larger counts.
+- The order of summation: a yardstick's noise is a sample. It is drawn twice, and the larger counts;
+  its size is put in by hand too (`shaken`), measured where there is float64 to measure by.
+- float64 itself: the oracle's arithmetic is plain attention's there, and their difference is nothing
+  even where both are off, beside a bias of −30000 by 2e-12. A reading that is shaken is the measure.
 - `Problem` is shared: scale's default, causal and window are read from the call once, for backends and
   oracle alike. A wrong reading would make all agree on another question, and show here in nothing. So
   it is judged where whole calls meet what reads them for itself: ONNX's cases, the definition pair by
@@ -154,49 +157,101 @@ def judge(
             key: the weight is 1 whatever q is) there is no size to divide by but that of its terms.
         lossy: the second yardstick's readings: within their limit, and not within plain's, is lossy.
     """
-    if got.shape != want.shape:
-        return _unmeasured(f"{tensor} has shape {got.shape}, expected {want.shape}")
-    got = np.asarray(got, np.float64)
-    readings = [np.asarray(x, np.float64) for x in _several(plain)]
-    losing = [np.asarray(x, np.float64) for x in _several(lossy)]
-    if tensor == "lse":
-        got, want, *all_readings = (x[..., None] for x in (got, want, *readings, *losing))
-        readings, losing = all_readings[: len(readings)], all_readings[len(readings) :]
-    if faults := _inexact(tensor, got, want, np.broadcast_to(hidden, want.shape)):
-        return _unmeasured(*faults)
-    finite = np.isfinite(want)  # all but the LSE of empty rows, found equal above
-    unit = _unit(tensor, np.where(finite, want, 0))
+    return Standard.of(tensor, want, plain, dtype, hidden, uncancelled, lossy).judge(got)
 
-    def in_units(x: np.ndarray) -> np.ndarray:
-        return np.where(finite, x, 0) / unit
 
-    got, want = in_units(got), in_units(want)
-    size = 1.0 if tensor == "lse" else _size(want, uncancelled / float(unit))
-    errors, noise = measure(got, want, size)
-    plain_errors = _largest([measure(in_units(x), want, size)[0] for x in readings])
-    lossy_errors = _largest([measure(in_units(x), want, size)[0] for x in losing])
-    floors = _floors(tensor, dtype, noise)
-    ceilings = _ceilings((LSE_CEILING if tensor == "lse" else CEILING)[dtype])
-    honest = _limits(plain_errors, floors)
-    limits = Errors(*map(min, honest, ceilings))
-    lossy_limits = Errors(
-        *map(
-            max,
-            map(min, honest, _ceilings(UTMOST)),
-            map(min, _limits(lossy_errors, floors), _ceilings(LOSSY_CEILING[dtype])),
+@dataclass(frozen=True)
+class Standard:
+    """What a tensor is judged by, made once for all backends; `judge` says what it is made of.
+
+    Attributes:
+        right: the oracle's, float64, rows along the last axis.
+        want: the same in units, 0 where it is infinite.
+        finite: where it is finite: all but the LSE of empty rows.
+        unit: of `_unit`.
+        size: what errors are divided by, in units.
+        plain, lossy: the errors of the two yardsticks.
+        hidden: what must be exactly 0.
+    """
+
+    tensor: str
+    dtype: str
+    right: np.ndarray
+    want: np.ndarray
+    finite: np.ndarray
+    unit: np.ndarray | np.float64
+    size: float
+    plain: Errors
+    lossy: Errors
+    hidden: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        tensor: str,
+        right: np.ndarray,
+        plain: Readings,
+        dtype: str,
+        hidden: np.ndarray | bool = False,
+        uncancelled: float = 0.0,
+        lossy: Readings = (),
+    ) -> "Standard":
+        """The standard of a tensor; the arguments are those of `judge`."""
+        right = _in_rows(tensor, right)
+        finite = np.isfinite(right)
+        unit = _unit(tensor, np.where(finite, right, 0))
+        want = np.where(finite, right, 0) / unit
+        size = 1.0 if tensor == "lse" else _size(want, uncancelled / float(unit))
+
+        def errors(readings: Readings) -> Errors:
+            in_units = (np.where(finite, _in_rows(tensor, x), 0) / unit for x in _several(readings))
+            return _largest([measure(x, want, size)[0] for x in in_units])
+
+        hidden = np.broadcast_to(hidden, right.shape)
+        of_plain, of_lossy = errors(plain), errors(lossy)
+        return cls(tensor, dtype, right, want, finite, unit, size, of_plain, of_lossy, hidden)
+
+    def judge(self, got: np.ndarray) -> Judgement:
+        """Judges a backend's tensor."""
+        tensor, dtype = self.tensor, self.dtype
+        got = _in_rows(tensor, got)
+        if got.shape != self.right.shape:
+            wanted, came = (x.shape[:-1] if tensor == "lse" else x.shape for x in (self.right, got))
+            return _unmeasured(f"{tensor} has shape {came}, expected {wanted}")
+        if faults := _inexact(tensor, got, self.right, self.hidden):
+            return _unmeasured(*faults)
+        got = np.where(self.finite, got, 0) / self.unit
+        errors, noise = measure(got, self.want, self.size)
+        floors = _floors(tensor, dtype, noise)
+        ceilings = _ceilings((LSE_CEILING if tensor == "lse" else CEILING)[dtype])
+        honest = _limits(self.plain, floors)
+        limits = Errors(*map(min, honest, ceilings))
+        lossy_limits = Errors(
+            *map(
+                max,
+                map(min, honest, _ceilings(UTMOST)),
+                map(min, _limits(self.lossy, floors), _ceilings(LOSSY_CEILING[dtype])),
+            )
         )
-    )
-    said: dict[str, tuple[str, ...]] = {}
-    if not _within(errors, limits):
-        where = _where_worst(got, want, size)
-        if _within(errors, lossy_limits):
-            factor = max(_times(e, limit) for e, limit in zip(errors, limits, strict=True))
-            over = _over(errors, limits, plain_errors)
-            said["losses"] = (f"{tensor} is lossy, {factor:.2g} times its limit: {over}; {where}",)
-        else:
-            said["faults"] = (f"{tensor} is wrong: {_over(errors, limits, plain_errors)}; {where}",)
-    unmoved = _limits(plain_errors, _floors(tensor, dtype, noise=0))
-    return Judgement(errors, plain_errors, limits, **said, ceiling=not _within(unmoved, ceilings))
+        said: dict[str, tuple[str, ...]] = {}
+        if not _within(errors, limits):
+            where = _where_worst(got, self.want, self.size)
+            over = _over(errors, limits, self.plain)
+            if _within(errors, lossy_limits):
+                factor = max(_times(e, limit) for e, limit in zip(errors, limits, strict=True))
+                loss = f"{tensor} is lossy, {factor:.2g} times its limit: {over}; {where}"
+                said["losses"] = (loss,)
+            else:
+                said["faults"] = (f"{tensor} is wrong: {over}; {where}",)
+        unmoved = _limits(self.plain, _floors(tensor, dtype, noise=0))
+        ceiling = not _within(unmoved, ceilings)
+        return Judgement(errors, self.plain, limits, **said, ceiling=ceiling)
+
+
+def _in_rows(tensor: str, x: np.ndarray) -> np.ndarray:
+    """Float64, rows along the last axis; LSE's have one number."""
+    x = np.asarray(x, np.float64)
+    return x[..., None] if tensor == "lse" else x
 
 
 def measure(got: np.ndarray, want: np.ndarray, size: float) -> tuple[Errors, float]:

@@ -7,7 +7,7 @@ what the contract lets a kernel round, which is the operands of a product and th
 pass divides by the sum of its own exponentials and takes delta = rowsum(dO ∘ O) before O is rounded:
 no kernel's weakness is in it, so that none is excused by it.
 
-`BEST` are two such orders of operations, and both are honest; the larger error counts. `lossy` gives
+`best` gives such orders of operations, all of them honest; the largest error counts. `lossy` gives
 others, which lose what kernels of the flash family and half precision's own autodiff must lose: they
 tell what is `lossy` from what is wrong, and set no limit of agreement.
 
@@ -38,14 +38,22 @@ class Arithmetic:
         rounded: what the backward pass takes rounded: "out" before delta, "d_weights" = dO·Vᵀ (as
             autodiff does where P has q's dtype), "lse" in place of a row's maximum and sum (and
             exponentials to 20 bits), or "nothing".
+        shaken: whether scores and delta are put where another order of adding may put them. Two orders
+            are a sample, which may be lucky in the one row that matters, and float64's are the oracle's.
     """
 
     scaled: Scaled
     weights: Literal["exponentials", "probabilities"]
     rounded: Literal["nothing", "out", "d_weights", "lse"] = "nothing"
+    shaken: bool = False
 
 
-BEST = (Arithmetic("product", "exponentials"), Arithmetic("q", "probabilities"))
+def best(dtype: str) -> tuple[Arithmetic, ...]:
+    """Honest arithmetic in a dtype. Rounding to half precision leaves nothing of a shake to see."""
+    orders = (Arithmetic("product", "exponentials"), Arithmetic("q", "probabilities"))
+    if dtype in ("float16", "bfloat16"):
+        return orders
+    return (*orders, Arithmetic("product", "exponentials", shaken=True))
 
 
 def lossy(dtype: str) -> tuple[Arithmetic, ...]:
@@ -114,6 +122,8 @@ def _attend_part(
         return x.astype(problem.dtype).astype(wide)
 
     scores, slope = _scores(arithmetic.scaled, problem, part)
+    if arithmetic.shaken:
+        scores = scores + _alternating(scores.shape) * _unsure(problem, part, scores)
     largest = scores.max(-1, keepdims=True, initial=-np.inf)
     largest = np.where(largest == -np.inf, wide(0), largest)
     exp = _exp_to_20_bits if arithmetic.rounded == "lse" else np.exp
@@ -140,6 +150,9 @@ def _attend_part(
         delta = (d_out * (rounded(out) if arithmetic.rounded == "out" else out)).sum(-1)
     else:  # the same sum the other way round: probabilities that were rounded do not add up to 1
         delta = (weights * d_weights).sum(-1)
+    if arithmetic.shaken:
+        terms = np.abs(d_out * out).sum(-1)
+        delta = delta + _alternating(delta.shape) * np.spacing(terms) / 2
     d_scores = weights * (d_weights - (delta - d_lse)[:, None])
     if part.bias is not None:
         add_over_broadcast(tensors["dbias"], part, d_scores)
@@ -158,6 +171,30 @@ def _lost_by_lse(problem: Problem, part: Part, largest: np.ndarray) -> np.ndarra
     terms = np.linalg.norm(part.q, axis=-1) * np.linalg.norm(part.k, axis=-1).max(initial=0)
     sizes = np.maximum(np.abs(largest), abs(problem.scale) * terms[:, None])
     return 2 * np.finfo(part.q.dtype).eps * np.maximum(sizes, 1)
+
+
+def _unsure(problem: Problem, part: Part, scores: np.ndarray) -> np.ndarray:
+    """How far the scores of each row are off in some other order, (rows, 1).
+
+    In float32 four times what q kᵀ is off in this one, RMS over the row, since a plain loop over D
+    rounds so much more often: of numbers that float32 adds without rounding that is nothing, and
+    excuses nobody who loses their digits. In float64 half a unit of the largest, where there is nothing
+    better to compare with.
+    """
+    if scores.dtype == np.float64:
+        sizes = np.where(np.isfinite(scores), np.abs(scores), 0)
+        return np.spacing(sizes.max(-1, keepdims=True, initial=0)) / 2
+    wide = {n: getattr(part, n).astype(np.float64) for n in ("q", "k")}
+    unbiased = part._replace(bias=None)
+    product, _ = _scores("product", problem, unbiased)
+    exact, _ = _scores("product", problem, unbiased._replace(**wide))
+    off = np.where(part.seen, product - exact, 0)
+    return 4 * np.sqrt((off**2).sum(-1, keepdims=True) / max(off.shape[-1], 1)).astype(scores.dtype)
+
+
+def _alternating(shape: tuple[int, ...]) -> np.ndarray:
+    """1 and −1 in turn, along every axis."""
+    return 1 - 2 * (np.indices(shape).sum(0) % 2).astype(np.float32)
 
 
 def _exp_to_20_bits(x: np.ndarray) -> np.ndarray:
