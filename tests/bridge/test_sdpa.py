@@ -506,6 +506,8 @@ def large(B=1, Hq=2, Hkv=2, Sq=16384, Sk=16384, D=32, dtype=torch.float32):
 
 
 LENGTHS = torch.tensor([16384])
+WHOLE = torch.zeros(32768).as_strided((16384, 16384), (1, 1))  # which does not say that it repeats
+OF_BITS = torch.zeros(32768, dtype=torch.bool).as_strided((16384, 16384), (1, 1))
 
 
 @pytest.mark.parametrize(
@@ -517,8 +519,9 @@ LENGTHS = torch.tensor([16384])
         ({"kv_lengths": LENGTHS}, "torch:sdpa-flash"),  # one row of a mask
         ({"mask": expanded(1, 16384, dtype=torch.bool)}, "torch:sdpa-flash"),
         ({"bias": expanded(1, 2, 1, 16384)}, "torch:sdpa-flash"),
-        ({"bias": expanded(1, 1, 16384, 16384)}, "torch:sdpa-flash"),  # the caller holds as much
-        ({"mask": expanded(16384, 16384, dtype=torch.bool)}, "jax:flash"),  # a quarter of it
+        ({"bias": WHOLE.expand(1, 1, -1, -1)}, "torch:sdpa-flash"),  # the caller holds as much
+        ({"mask": OF_BITS}, "jax:flash"),  # a quarter of it
+        ({"mask": expanded(16384, 16384, dtype=torch.bool)}, "torch:sdpa-flash"),  # of one row
         ({"window": (256, 0)}, "jax:flash"),
         ({"window": (256, 256)}, "jax:flash"),
         ({"causal": True, "window": (256, None)}, "jax:flash"),

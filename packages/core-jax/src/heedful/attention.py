@@ -1,7 +1,8 @@
 """The public functions."""
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from heedful import dispatch, torch_compile
 from heedful.dispatch import Explanation
 from heedful.explicit_mesh import spread_like_its_arrays
 from heedful.problem import Array, Options, Problem, dtype_of, framework_of
+from heedful.repeats import without_repeats
 
 
 def attention(
@@ -70,8 +72,7 @@ def _attend(
 ) -> Array | tuple[Array, Array]:
     if backend is None and any(isinstance(x, jax.core.Tracer) for x in (q, k, v)):
         dispatch.check_trace()
-    problem = Problem.of(q, k, v, **options)
-    chosen = dispatch.choose(problem, backend)
+    chosen, (problem, k, v, options) = _chosen(_equal_calls(q, k, v, options), backend)
     arrays = {name: x for name, x in options.items() if framework_of(x) is not None}
 
     def call(arrays: dict[str, Any]) -> Array | tuple[Array, Array]:
@@ -79,6 +80,34 @@ def _attend(
         return problem.restore(*dispatch.run(chosen, problem, operands))
 
     return spread_like_its_arrays(call, problem, {"q": q, "k": k, "v": v, **arrays})
+
+
+class _Call(NamedTuple):
+    """What is asked, of which keys, values and options."""
+
+    problem: Problem
+    k: Array
+    v: Array
+    options: Options
+
+
+def _equal_calls(q: Array, k: Array, v: Array, options: Options) -> tuple[_Call, ...]:
+    """The call as it came, checked, and before it the one that repeats nothing, where it does repeat."""
+    whole = _Call(Problem.of(q, k, v, **options), k, v, options)
+    k, v, options = without_repeats(k, v, options)
+    if k is whole.k and options is whole.options:
+        return (whole,)
+    return _Call(Problem.of(q, k, v, **options), k, v, options), whole
+
+
+def _chosen(
+    calls: tuple[_Call, ...], backend: str | Sequence[str] | None
+) -> tuple[dispatch.Backend, _Call]:
+    """Who computes which of these, which are the same: the first that somebody takes."""
+    for call in calls[:-1]:
+        with contextlib.suppress(dispatch.Refusal):  # of grouped heads, say
+            return dispatch.choose(call.problem, backend), call
+    return dispatch.choose(calls[-1].problem, backend), calls[-1]
 
 
 _attend_in_graph = _attend
@@ -112,7 +141,11 @@ def explain(
 def _explain(
     q: Array, k: Array, v: Array, backend: str | Sequence[str] | None, options: Options
 ) -> Explanation:
-    return dispatch.explain_choice(Problem.of(q, k, v, **options), backend)
+    for call in _equal_calls(q, k, v, options):
+        explanation = dispatch.explain_choice(call.problem, backend)
+        if explanation.chosen is not None:
+            break
+    return explanation
 
 
 def flash_attention(
