@@ -32,6 +32,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
 from torch.utils.dlpack import from_dlpack
 
+from heedful.compiled import compiled
 from heedful_torch.dlpack import (
     EXCHANGED,
     WIDE,
@@ -126,7 +127,7 @@ class _JaxFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.function, _, _, *tensors = inputs
+        ctx.function, _, ctx.wanted, *tensors = inputs
         *outputs, residuals = output
         fresh = []
         if residuals is not None and residuals.count:
@@ -159,7 +160,8 @@ class _JaxFunction(Function):
             else:
                 needed = [_fit_to_jax(inputs[i]) for i in ctx.residuals.inputs]
                 pull_back = ctx.residuals.restore(needed, [_fit_to_jax(tensor) for tensor in kept])
-                computed = _pull(pull_back, tuple(map(_fit_to_jax, floating)))
+                given = tuple(map(_fit_to_jax, floating))
+                computed = _pull(ctx.function, ctx.wanted, pull_back, given)
                 gradients = tuple(map(adopt, computed))
         each = iter(gradients)
         return None, None, None, *(next(each) if want else None for want in wanted)
@@ -276,12 +278,12 @@ class _Residuals:
         return jax.tree.unflatten(self.structure, [found[where][i] for where, i in self.places])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static=1)
 def _run(function: JaxFunction, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return _expect_tuple(function, function(*arrays))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _run_and_linearize(
     function: JaxFunction, wanted: tuple[bool, ...], *arrays: jax.Array
 ) -> tuple[tuple[jax.Array, ...], _Residuals]:
@@ -290,8 +292,14 @@ def _run_and_linearize(
     return outputs, _Residuals.of(pull_back, arrays, outputs)
 
 
-@jax.jit
-def _pull(pull_back: Any, cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+@compiled(static=2)
+def _pull(
+    _function: JaxFunction,
+    _wanted: tuple[bool, ...],
+    pull_back: Any,
+    cotangents: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+    """Pulls back what `_run_and_linearize` of the same function made; forgotten with it."""
     return pull_back(cotangents)
 
 
@@ -385,7 +393,7 @@ def torch_in_jax(
         promised = (
             result_shapes(*map(jax.typeof, arrays)) if callable(result_shapes) else result_shapes
         )
-        return _call_torch_jitted(function, tuple(promised), vmap_method, *arrays)
+        return _call_torch_compiled(function, tuple(promised), vmap_method, *arrays)
 
     return functools.update_wrapper(in_jax, function, updated=())
 
@@ -434,7 +442,7 @@ def _call_torch_backward(
 
 
 _call_torch.defvjp(_call_torch_forward, _call_torch_backward, symbolic_zeros=True)
-_call_torch_jitted = jax.jit(_call_torch, static_argnums=(0, 1, 2))
+_call_torch_compiled = compiled(static=3)(_call_torch)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ be the usual way, but it makes JAX arrays inside the callback, and so waits for 
 holding one: on a single core it hangs from about a million elements on (as in jax-ml/jax#24255).
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
+from heedful.compiled import compiled
 from heedful.problem import Array, Operands, Problem
 from heedful.results import checked_gradients, checked_run
 
@@ -62,16 +64,25 @@ def _run_in_jax(
     backend: "Backend", problem: Problem, operands: Operands
 ) -> tuple[np.ndarray, np.ndarray | None]:
     # Inside somebody's jit, NumPy arrays are constants: they are computed with at once, not traced.
-    with jax.ensure_compile_time_eval():
-        answer = checked_run(backend, problem, jax.device_put(operands, _cpu()))
+    # Elsewhere that would compile each constant of the backend by itself.
+    at_once = jax.ensure_compile_time_eval() if _is_tracing() else contextlib.nullcontext()
+    with at_once:
+        answer = _run_compiled(backend, problem, jax.device_put(operands, _cpu()))
         return jax.tree.map(np.array, answer)  # copies: the caller may write to them
+
+
+def _is_tracing() -> bool:
+    return isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+
+
+_run_compiled = compiled(static=2)(checked_run)
 
 
 # JAX arrays on a NumPy backend
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-@partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _run_in_numpy(
     backend: "Backend", problem: Problem, operands: Operands
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -95,7 +106,7 @@ def _run_and_remember(
     return _run_in_numpy(backend, problem, operands), operands
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _gradients_in_numpy(
     backend: Any,  # a Backend with Gradients
     problem: Problem,

@@ -3,13 +3,13 @@
 Written against jax 0.10 to 0.12; not run on a GPU yet.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from heedful.backends import jax_nn
+from heedful.compiled import compiled
 from heedful.problem import Array, Operands, Problem
 
 
@@ -64,7 +64,7 @@ class CudnnBackend:
         builds = problem.bias_shape or (hidden and not _native(problem))
         return 2 * problem.score_count if builds else 0
 
-    @partial(jax.jit, static_argnums=(0, 1))
+    @compiled(static=2)
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, None]:
         seen = jax_nn.visibility(problem, operands)
         bias = operands.bias

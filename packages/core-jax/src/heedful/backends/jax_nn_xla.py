@@ -1,10 +1,9 @@
 """`jax:nn-xla`: `jax.nn.dot_product_attention` as XLA compiles it, score matrix and all."""
 
-from functools import partial
-
 import jax
 
 from heedful.backends import jax_nn
+from heedful.compiled import compiled
 from heedful.problem import Array, Operands, Problem
 
 
@@ -47,7 +46,7 @@ class XlaBackend:
     def score_bytes(self, problem: Problem) -> int:
         return 4 * problem.score_count  # float32
 
-    @partial(jax.jit, static_argnums=(0, 1))
+    @compiled(static=2)
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, None]:
         seen = jax_nn.visibility(problem, operands)
         # In float32 as the scores are, so that bias's gradient is rounded but once.

@@ -1,10 +1,8 @@
 """`jax:plain`: the score matrix materialised, as the formula stands."""
 
-from functools import partial
-
-import jax
 import numpy as np
 
+from heedful.compiled import compiled
 from heedful.plain import plain
 from heedful.problem import Array, Operands, Problem
 
@@ -22,7 +20,7 @@ class PlainBackend:
     def score_bytes(self, problem: Problem) -> int:
         return problem.score_count * np.dtype(problem.accumulator).itemsize
 
-    @partial(jax.jit, static_argnums=(0, 1))
+    @compiled(static=2)
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, Array]:
         return plain(problem, operands)
 

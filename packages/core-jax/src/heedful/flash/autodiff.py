@@ -28,6 +28,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from heedful.compiled import compiled
 from heedful.flash.cotangent import cotangent
 from heedful.flash.forward import Kept, forward
 from heedful.flash.partition import lowering, varying_alike
@@ -51,13 +52,14 @@ def flash(problem: Problem, operands: Operands, tiles: Tiles | None = None) -> t
         out = jnp.zeros((*rows, problem.value_dim), problem.dtype)
         return out, jnp.full(rows, -jnp.inf, problem.accumulator)
     leaves, tree = jax.tree.flatten(varying_alike(operands))
-    return _results(
-        *forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles), problem.dtype
-    )
+    kept = Kept(*forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles))
+    return _results(problem.dtype, kept.out.shape, *kept)
 
 
-@partial(jax.jit, static_argnums=3, inline=True)  # outside of a trace one call, not one each
-def _results(out: Array, m: Array, l: Array, dtype: str) -> tuple[Array, Array]:
+@compiled(static=2, inline=True)  # outside of a trace one call, not one each
+def _results(
+    dtype: str, _shape: tuple[int, ...], out: Array, m: Array, l: Array
+) -> tuple[Array, Array]:
     """out and lse as the contract has them."""
     empty = l == 0
     lse = jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1, l)))
@@ -122,7 +124,13 @@ def _primitive(
 ) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=params))
+
+    @compiled(static=len(params))
+    def run(*args: Any) -> list[Array]:
+        known = dict(zip(params, args, strict=False))
+        return primitive.bind(*args[len(params) :], **known)
+
+    primitive.def_impl(lambda *leaves, **known: run(*(known[name] for name in params), *leaves))
     primitive.def_abstract_eval(results)
     mlir.register_lowering(primitive, lowering(implementation))
     prim_requires_devices_during_lowering.add(primitive)
