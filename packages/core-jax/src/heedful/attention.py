@@ -70,8 +70,10 @@ def _attend(
     options: Options,
     _ambient: Any,  # on which torch.compile guards: a graph is for one of them
 ) -> Array | tuple[Array, Array]:
-    if backend is None and any(isinstance(x, jax.core.Tracer) for x in (q, k, v)):
-        dispatch.check_trace()
+    if backend is None:
+        dispatch.keep_for_recomputation()
+        if any(isinstance(x, jax.core.Tracer) for x in (q, k, v)):
+            dispatch.check_trace()
     chosen, (problem, k, v, options) = _chosen(_equal_calls(q, k, v, options), backend)
     arrays = {name: x for name, x in options.items() if framework_of(x) is not None}
 

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from heedful import numpy_bridge
+from heedful import numpy_bridge, torch_checkpoint
 from heedful.problem import Array, Operands, Problem
 from heedful.results import checked_run
 
@@ -263,6 +263,7 @@ class _Opened(threading.local):
 
 
 _opened = _Opened()
+_is_used = False  # use_backend, in this process
 
 
 def _preferred() -> tuple[str, ...] | None:
@@ -280,6 +281,26 @@ def check_trace() -> None:
         "cache of compiled functions cannot know. Open it here, around what is compiled, or name the "
         "backend by backend=."
     )
+
+
+def keep_for_recomputation() -> None:
+    """Lets `torch.utils.checkpoint` recompute what runs here under the blocks that are open around it.
+
+    Raises:
+        RuntimeError: this is a recomputation, and the blocks of its first pass are not known.
+    """
+    if _is_used and not _blocks.get() and torch_checkpoint.recomputes_what_was_not_seen():
+        raise RuntimeError(
+            "torch.utils.checkpoint recomputes a function whose first pass made no call that heedful "
+            "saw (it was compiled already, or not run by torch.utils.checkpoint.checkpoint): which "
+            "use_backend was around it is not known. Checkpoint heedful.use_backend(name)(function) in "
+            "its place, or name the backend by backend=."
+        )
+    _keep_blocks()
+
+
+def _keep_blocks() -> None:
+    torch_checkpoint.recompute_within(partial(_reopened, _blocks.get()))
 
 
 class _Ambient:
@@ -313,8 +334,17 @@ def use_backend(name: str | Sequence[str]) -> Iterator[None]:
 
     A task that is suspended within its block, while another runs in the same thread, must not be traced
     there: a call that notices raises. Functions that are compiled already do not notice.
+
+    What torch.utils.checkpoint recomputes is recomputed under the blocks of its first pass, wherever
+    `backward` is called. A function that was compiled before, by torch.compile or jax.jit, makes no call
+    there that could be noticed; a block that is checkpointed with it goes along always:
+
+        checkpoint(heedful.use_backend("jax:plain")(compiled), x, use_reentrant=False)
     """
+    global _is_used
     names = _as_names(name, "asked for by use_backend")
+    _keep_blocks()  # before a checkpointed function opens its own, which it will open again
+    _is_used = True
     token = _blocks.set((*_blocks.get(), names))
     _opened.blocks.append(names)
     _tell_jax()
@@ -323,6 +353,20 @@ def use_backend(name: str | Sequence[str]) -> Iterator[None]:
     finally:
         innermost = len(_opened.blocks) - 1 - _opened.blocks[::-1].index(names)
         del _opened.blocks[innermost]
+        _blocks.reset(token)
+        _tell_jax()
+
+
+@contextmanager
+def _reopened(blocks: tuple[tuple[str, ...], ...]) -> Iterator[None]:
+    """Within it these blocks are open, which were so elsewhere, and no others."""
+    token, opened = _blocks.set(blocks), _opened.blocks
+    _opened.blocks = list(blocks)
+    _tell_jax()
+    try:
+        yield
+    finally:
+        _opened.blocks = opened
         _blocks.reset(token)
         _tell_jax()
 
