@@ -1,15 +1,18 @@
 """The crosscheck judges: every broken backend is caught and named, every honest one passes."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
 
 import broken
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from typer.testing import CliRunner
 
 import heedful
@@ -19,6 +22,7 @@ from heedful_torch.crosscheck import InputError, crosscheck, load
 from heedful_torch.crosscheck.cases import Case, everything, named, normal, select
 from heedful_torch.crosscheck.question import Question
 from heedful_torch.crosscheck.tolerance import judge
+from heedful_torch.dlpack import x64_is_enabled
 
 # One case or two of every group: each distinct one costs every JAX backend a compilation.
 REDUCED = (
@@ -224,6 +228,40 @@ def test_the_report_is_where_it_was_asked_for_whatever_a_backend_does_to_the_pro
     )
     assert json.loads(kept.read_text())["complete"] is True
     assert (tmp_path / "crosscheck.json").is_symlink()
+
+
+def test_what_a_backend_sets_for_the_process_is_set_back(registered, tmp_path):
+    @dataclass(frozen=True)
+    class Unsettling:
+        name: str = "numpy:unsettling"
+
+        def reasons(self, problem):
+            return ()
+
+        def run(self, problem, operands):
+            os.chdir(tmp_path)
+            np.seterr(all="raise")
+            torch.set_default_dtype(torch.float64)
+            torch.set_grad_enabled(False)
+            jax.config.update("jax_enable_x64", True)
+            return None
+
+    def settings():
+        return (
+            *(os.getcwd(), np.geterr(), torch.get_default_dtype()),
+            *(torch.is_grad_enabled(), x64_is_enabled()),
+        )
+
+    before = settings()
+    report = crosscheck(
+        [registered(Unsettling()), "torch:sdpa-math", "jax:plain"], ["causal"], ["float32"]
+    )
+    assert report.verdicts == {
+        "numpy:unsettling": "disagree",
+        "torch:sdpa-math": "agree",
+        "jax:plain": "agree",
+    }
+    assert settings() == before
 
 
 @pytest.mark.parametrize("asked", ["backends", "cases", "dtypes"])

@@ -4,14 +4,15 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import jax
 import numpy as np
+import torch
 
 import heedful
 from heedful.dispatch import in_a_line
@@ -22,7 +23,7 @@ from heedful_torch.crosscheck.question import Question
 from heedful_torch.crosscheck.second import directions, is_refusal, judge_second, right
 from heedful_torch.crosscheck.tolerance import Judgement
 from heedful_torch.crosscheck.yardstick import Tensors
-from heedful_torch.dlpack import CopyWarning
+from heedful_torch.dlpack import CopyWarning, x64_is_enabled
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -167,7 +168,7 @@ def outcome(name: str, question: Question) -> Outcome:
     float64 = jax.enable_x64(True) if dtype == "float64" else nullcontext()
     faults: list[Fault]
     try:
-        with float64, nullcontext() if beside_others else _one_at_a_time:
+        with _settings_kept(), float64, nullcontext() if beside_others else _one_at_a_time:
             started = time.perf_counter()
             with_lse, lse_reasons, answer = _first_answer(name, question)
             seconds = time.perf_counter() - started
@@ -199,6 +200,26 @@ def outcome(name: str, question: Question) -> Outcome:
         for found in (faults, losses)
     )
     return replace(result, failures=failures, losses=lost)
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Afterwards the process is set as before, whatever a backend sets: the next ones are judged too."""
+    folder, errors = os.getcwd(), np.geterr()
+    dtype, recorded, x64 = (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        x64_is_enabled(),
+    )
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        np.seterr(**errors)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(recorded)
+        if x64_is_enabled() != x64:
+            jax.config.update("jax_enable_x64", x64)
 
 
 def _first_answer(name: str, question: Question) -> tuple[bool, tuple[str, ...], Tensors]:
