@@ -120,15 +120,20 @@ def to_jax(tensor: torch.Tensor, *, copy: bool | None = False) -> jax.Array:
 _lent: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[jax.Array]]] = {}
 _numbers = itertools.count()
 LONGEST_WAIT = 2.0  # seconds
+# A weakref is dead before what it was to is: XLA's thread may still be within torch's deleter.
+AFTERWARDS = 0.02
 
 
 @atexit.register  # later than JAX's own, and so run before it
 def _wait_until_let_go() -> None:
+    if next(_numbers) == 0:  # nothing was ever lent
+        return
     end = time.monotonic() + LONGEST_WAIT
     while time.monotonic() < end and any(
         tensor() is not None and array() is None for tensor, array in list(_lent.values())
     ):
         time.sleep(1e-3)  # without the GIL, which is what XLA's thread waits for
+    time.sleep(AFTERWARDS)
 
 
 def to_torch(array: jax.Array, *, copy: bool | None = False) -> torch.Tensor:

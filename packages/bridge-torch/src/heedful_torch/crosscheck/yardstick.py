@@ -56,6 +56,9 @@ def best(dtype: str) -> tuple[Arithmetic, ...]:
     return (*orders, Arithmetic("product", "exponentials", shaken=True))
 
 
+UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # the most that one rounding takes
+
+
 def lossy(dtype: str) -> tuple[Arithmetic, ...]:
     """What kernels lose that honest arithmetic keeps, in a dtype.
 
@@ -68,6 +71,7 @@ def lossy(dtype: str) -> tuple[Arithmetic, ...]:
     if dtype in ("float16", "bfloat16"):
         return (
             Arithmetic("product", "exponentials", rounded="out"),
+            Arithmetic("product", "exponentials", rounded="out", shaken=True),
             Arithmetic("q", "probabilities", rounded="d_weights"),
         )
     return (Arithmetic("both", "exponentials", rounded="lse"),)
@@ -121,9 +125,13 @@ def _attend_part(
     def rounded(x: np.ndarray) -> np.ndarray:
         return x.astype(problem.dtype).astype(wide)
 
-    scores, slope = _scores(arithmetic.scaled, problem, part)
+    product = _product(arithmetic.scaled, problem, part.q, part.k)
     if arithmetic.shaken:
-        scores = scores + _alternating(scores.shape) * _unsure(problem, part, scores)
+        product = product + _alternating(product.shape) * _unsure(problem, part, product)
+    scores, slope = _scores(product, problem, part)
+    if arithmetic.shaken and problem.softcap is not None:  # XLA's tanh is off by two units
+        capped = np.minimum(np.abs(product), wide(problem.softcap))
+        scores = scores + _alternating(scores.shape) * 2 * np.spacing(capped)
     largest = scores.max(-1, keepdims=True, initial=-np.inf)
     largest = np.where(largest == -np.inf, wide(0), largest)
     exp = _exp_to_20_bits if arithmetic.rounded == "lse" else np.exp
@@ -151,8 +159,11 @@ def _attend_part(
     else:  # the same sum the other way round: probabilities that were rounded do not add up to 1
         delta = (weights * d_weights).sum(-1)
     if arithmetic.shaken:
-        terms = np.abs(d_out * out).sum(-1)
-        delta = delta + _alternating(delta.shape) * np.spacing(terms) / 2
+        terms = np.abs(d_out * out)
+        spread = np.spacing(terms.sum(-1)) / 2
+        if arithmetic.rounded == "out":
+            spread += np.sqrt((terms**2).sum(-1)) * UNIT_ROUNDOFF[problem.dtype]
+        delta = delta + _alternating(delta.shape) * spread
     d_scores = weights * (d_weights - (delta - d_lse)[:, None])
     if part.bias is not None:
         add_over_broadcast(tensors["dbias"], part, d_scores)
@@ -173,23 +184,22 @@ def _lost_by_lse(problem: Problem, part: Part, largest: np.ndarray) -> np.ndarra
     return 2 * np.finfo(part.q.dtype).eps * np.maximum(sizes, 1)
 
 
-def _unsure(problem: Problem, part: Part, scores: np.ndarray) -> np.ndarray:
-    """How far the scores of each row are off in some other order, (rows, 1).
+def _unsure(problem: Problem, part: Part, product: np.ndarray) -> np.ndarray:
+    """How far scale · q kᵀ is off in some other order, for each row, (rows, 1).
 
-    In float32 four times what q kᵀ is off in this one, RMS over the row, since a plain loop over D
-    rounds so much more often: of numbers that float32 adds without rounding that is nothing, and
-    excuses nobody who loses their digits. In float64 half a unit of the largest, where there is nothing
-    better to compare with.
+    In float32 four times what it is off in this one, RMS over the row, since a plain loop over D rounds
+    so much more often: of numbers that float32 adds without rounding that is nothing, and excuses nobody
+    who loses their digits. In float64, where there is nothing better to compare with, half a unit of the
+    largest score, or of the bias beside it.
     """
-    if scores.dtype == np.float64:
-        sizes = np.where(np.isfinite(scores), np.abs(scores), 0)
+    if product.dtype == np.float64:
+        beside = np.zeros_like(product) if part.bias is None else np.abs(part.bias)
+        sizes = np.maximum(np.abs(product), np.where(np.isfinite(beside), beside, 0))
+        sizes = np.where(part.seen, sizes, 0)
         return np.spacing(sizes.max(-1, keepdims=True, initial=0)) / 2
-    wide = {n: getattr(part, n).astype(np.float64) for n in ("q", "k")}
-    unbiased = part._replace(bias=None)
-    product, _ = _scores("product", problem, unbiased)
-    exact, _ = _scores("product", problem, unbiased._replace(**wide))
-    off = np.where(part.seen, product - exact, 0)
-    return 4 * np.sqrt((off**2).sum(-1, keepdims=True) / max(off.shape[-1], 1)).astype(scores.dtype)
+    exact = _product("product", problem, part.q.astype(np.float64), part.k.astype(np.float64))
+    off = ((product - exact) ** 2).sum(-1, keepdims=True) / max(exact.shape[-1], 1)
+    return 4 * np.sqrt(off).astype(np.float32)
 
 
 def _alternating(shape: tuple[int, ...]) -> np.ndarray:
@@ -206,20 +216,26 @@ def _exp_to_20_bits(x: np.ndarray) -> np.ndarray:
     return scaled - (scaled - exact)
 
 
-def _scores(scaled: Scaled, problem: Problem, part: Part) -> tuple[np.ndarray, np.ndarray | None]:
-    """The scores, −inf where nothing is seen, and the slope of the softcap at each; (rows, Sk)."""
-    scale = part.q.dtype.type(problem.scale)
+def _product(scaled: Scaled, problem: Problem, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """scale · q kᵀ, (rows, Sk)."""
+    scale = q.dtype.type(problem.scale)
     match scaled:
         case "q":
-            scores = (part.q * scale) @ part.k.T
+            return (q * scale) @ k.T
         case "product":
-            scores = part.q @ part.k.T * scale
+            return q @ k.T * scale
         case "both":
             root = np.sqrt(np.abs(scale))
-            scores = (part.q * root) @ (part.k * np.copysign(root, scale)).T
-    slope = None
+            return (q * root) @ (k * np.copysign(root, scale)).T
+
+
+def _scores(
+    product: np.ndarray, problem: Problem, part: Part
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The scores, −inf where nothing is seen, and the slope of the softcap at each; (rows, Sk)."""
+    scores, slope = product, None
     if problem.softcap is not None:
-        scores, slope = _softcap(scores, part.q.dtype.type(problem.softcap))
+        scores, slope = _softcap(scores, product.dtype.type(problem.softcap))
     if part.bias is not None:
         scores = scores + part.bias
     return np.where(part.seen, scores, -np.inf), slope
