@@ -21,9 +21,10 @@ from rich.text import Text
 import heedful
 from heedful_torch.crosscheck.run import Failure, Outcome
 
-WIDTH = 116  # of the table where it is not printed to a terminal
+WIDTH = 130  # of the table where it is not printed to a terminal
 COLUMNS = ("out", "lse", "dq", "dk", "dv")
 FAILURES_SHOWN = 5  # of each backend, and as many losses; the JSON has them all
+NAMED = 3  # cases of one group for which a reason was given; of more, how many. The JSON names them
 VERDICTS = ("disagree", "lossy", "agree", "refused")  # the worst first
 
 
@@ -235,7 +236,8 @@ def _table(report: Report) -> Table:
         caption_justify="left",
     )
     for heading in ("backend", "dtype", "verdict", *("LSE" if c == "lse" else c for c in COLUMNS)):
-        table.add_column(heading, no_wrap=True)
+        least = len("bfloat16") if heading == "dtype" else None
+        table.add_column(heading, no_wrap=True, min_width=least)
     for backend, rows in groupby(report.rows, key=lambda row: row.backend):
         table.add_row(Text(backend, style="bold"))
         for row in rows:
@@ -324,7 +326,8 @@ def _places(outcomes: Sequence[Outcome], runs: Sequence[Outcome]) -> str:
                 groups.setdefault(o.group, []).append(o.case)
         for group, cases in groups.items():
             hit = [case for case in cases if (case, dtype) in refused]
-            names += [group] if hit == cases else hit
+            several = [f"{len(hit)} of {len(cases)} {group}"]
+            names += [group] if hit == cases else hit if len(hit) <= NAMED else several
         if names:
             everywhere = names == list(groups)
             dtypes_of.setdefault(("everything",) if everywhere else tuple(names), []).append(dtype)
