@@ -1,11 +1,13 @@
 """What is expanded or broadcast is handed on as what it is: no backend and no bridge makes all of it."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 import heedful
-from heedful.repeats import without_repeats
+from heedful.repeats import heads_once, scores_once
 
 pytestmark = [  # what is left is copied: NumPy's views that are read-only, what is differentiated
     pytest.mark.filterwarnings("ignore::heedful_torch.dlpack.CopyWarning"),
@@ -79,8 +81,27 @@ def test_a_backend_without_grouped_heads_gets_them_all():
         assert heedful.explain(q, k, k, backend=backend.name).problem.kv_heads == 4
         heedful.attention(q, k, k, bias=_expand(row, (2, 4, 6, 6)), backend=backend.name)
         assert backend.seen.k.shape == (2, 4, 6, D)
+        assert backend.seen.bias.shape == (1, 1, 6, 6)
+        heedful.attention(
+            q, k, k, backend=[backend.name, "jax:flash"]
+        )  # still the first of the list
+        assert backend.seen.bias is None
     finally:
         heedful.unregister(backend.name)
+
+
+@pytest.mark.parametrize("make", [torch_arrays, numpy_arrays])
+def test_integers_that_are_a_mask_are_converted_once(make, monkeypatch):
+    q, row = make((2, 2, 6, D), (6, 6))
+    ones = _expand(row.astype(int) if isinstance(row, np.ndarray) else row.int(), (2, 2, 6, 6))
+    handed = []
+    module = sys.modules["heedful.attention"]  # the attribute of that name is the function
+    monkeypatch.setattr(module, "attention", lambda *_, mask, **__: handed.append(mask))
+    heedful.flash_attention(q, q, q, ones)
+    (mask,) = handed
+    strides = mask.stride() if isinstance(mask, torch.Tensor) else mask.strides
+    assert strides[:2] == (0, 0)
+    assert bool((mask == (ones != 0)).all())
 
 
 def test_with_several_leading_axes_too(recording):
@@ -148,8 +169,8 @@ def test_a_tangent_and_a_transformation_find_all_of_it():
 def test_what_repeats_nothing_is_handed_on_itself():
     k, bias = torch_arrays((2, 4, 6, D), (2, 4, 6, 6))
     options = {"bias": bias, "causal": True}
-    assert without_repeats(k, k, options) == (k, k, options)
-    assert without_repeats(k, k, options)[2] is options
+    assert scores_once(k, k, options) is None
+    assert heads_once(k, k, options) is None
 
 
 def _expand(x, shape):

@@ -1,8 +1,7 @@
 """The public functions."""
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from heedful import dispatch, torch_compile
 from heedful.dispatch import Explanation
 from heedful.explicit_mesh import spread_like_its_arrays
 from heedful.problem import Array, Options, Problem, dtype_of, framework_of
-from heedful.repeats import without_repeats
+from heedful.repeats import heads_once, of_each_once, scores_once
 
 
 def attention(
@@ -74,7 +73,9 @@ def _attend(
         dispatch.keep_for_recomputation()
         if any(isinstance(x, jax.core.Tracer) for x in (q, k, v)):
             dispatch.check_trace()
-    chosen, (problem, k, v, options) = _chosen(_equal_calls(q, k, v, options), backend)
+    problem = Problem.of(q, k, v, **options)
+    chosen = dispatch.choose(problem, backend)
+    problem, k, v, options = _once(chosen, problem, q, k, v, options)
     arrays = {name: x for name, x in options.items() if framework_of(x) is not None}
 
     def call(arrays: dict[str, Any]) -> Array | tuple[Array, Array]:
@@ -84,32 +85,17 @@ def _attend(
     return spread_like_its_arrays(call, problem, {"q": q, "k": k, "v": v, **arrays})
 
 
-class _Call(NamedTuple):
-    """What is asked, of which keys, values and options."""
-
-    problem: Problem
-    k: Array
-    v: Array
-    options: Options
-
-
-def _equal_calls(q: Array, k: Array, v: Array, options: Options) -> tuple[_Call, ...]:
-    """The call as it came, checked, and before it the one that repeats nothing, where it does repeat."""
-    whole = _Call(Problem.of(q, k, v, **options), k, v, options)
-    k, v, options = without_repeats(k, v, options)
-    if k is whole.k and options is whole.options:
-        return (whole,)
-    return _Call(Problem.of(q, k, v, **options), k, v, options), whole
-
-
-def _chosen(
-    calls: tuple[_Call, ...], backend: str | Sequence[str] | None
-) -> tuple[dispatch.Backend, _Call]:
-    """Who computes which of these, which are the same: the first that somebody takes."""
-    for call in calls[:-1]:
-        with contextlib.suppress(dispatch.Refusal):  # of grouped heads, say
-            return dispatch.choose(call.problem, backend), call
-    return dispatch.choose(calls[-1].problem, backend), calls[-1]
+def _once(
+    chosen: dispatch.Backend, problem: Problem, q: Array, k: Array, v: Array, options: Options
+) -> tuple[Problem, Array, Array, Options]:
+    """The same call with nothing in it that repeats, as far as the backend takes it so."""
+    for repeats_less in (scores_once, heads_once):
+        changed = repeats_less(k, v, options)
+        if changed is not None:
+            found = Problem.of(q, changed[0], changed[1], **changed[2])
+            if not dispatch.reasons(chosen, found):  # of grouped heads, say
+                problem, (k, v, options) = found, changed
+    return problem, k, v, options
 
 
 _attend_in_graph = _attend
@@ -143,11 +129,7 @@ def explain(
 def _explain(
     q: Array, k: Array, v: Array, backend: str | Sequence[str] | None, options: Options
 ) -> Explanation:
-    for call in _equal_calls(q, k, v, options):
-        explanation = dispatch.explain_choice(call.problem, backend)
-        if explanation.chosen is not None:
-            break
-    return explanation
+    return dispatch.explain_choice(Problem.of(q, k, v, **options), backend)
 
 
 def flash_attention(
@@ -188,5 +170,5 @@ def _pair(
             "To choose one call heedful.attention(..., backend=..., return_lse=True)."
         )
     if framework_of(mask) is not None and dtype_of(mask).removeprefix("u").startswith("int"):
-        mask = mask != 0
+        mask = of_each_once(lambda x: x != 0, mask)
     return attention(q, k, v, backend=name, mask=mask, **options, return_lse=True)

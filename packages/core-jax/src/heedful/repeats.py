@@ -1,9 +1,9 @@
 """Axes along which an array says the same again and again: `expand` in torch, `broadcast_to` in NumPy.
 
 A mask or bias over (B, H, S, S) is often a view of one over (1, 1, S, S), with a stride of 0. Whoever
-copies it, to cross into JAX, to change its dtype or to add it to something, makes all of it. So it is
-asked about as what it is before anybody sees it: an axis of 1 means the same. Keys and values of all
-heads that are views of one head's are that one head's.
+copies it, to cross into JAX, to change its dtype or to add it to something, makes all of it. So a
+backend is handed it as what it is: an axis of 1 means the same. Keys and values of all heads that are
+views of one head's are that one head's. The backend is chosen for the call as it came.
 
 What is differentiated stays whole: its gradient is to be had element by element, of which the sums over
 such axes tell nothing, and is as large as that anyway. JAX's arrays have no strides; jit sees the
@@ -11,36 +11,48 @@ broadcast itself.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from heedful.problem import Array, Options, framework_of
+from heedful.problem import Array, Options, broadcast_to, framework_of
+
+Call = tuple[Array, Array, Options]  # k, v and the options
 
 
-def without_repeats(k: Array, v: Array, options: Options) -> tuple[Array, Array, Options]:
-    """The arguments of an equal call that repeats nothing; the very same ones where none does.
+def scores_once(k: Array, v: Array, options: Options) -> Call | None:
+    """An equal call whose mask and bias repeat nothing; None where they do not.
 
-    The call must have been checked: an axis of a wrong size would be a right one of 1.
-
-    Args:
-        k, v: keys and values, of either layout.
-        options: of `heedful.attention`.
+    This call must have been checked: an axis of a wrong size would be a right one of 1.
     """
-    slim = {n: x for n in ("mask", "bias") if (x := _scores_once(options.get(n))) is not None}
-    if len(k.shape) > 2:
-        heads = -2 if options.get("layout") == "bshd" else -3
-        if all(_repeats(x, heads) and not _is_differentiated(x) for x in (k, v)):
-            k, v = (_once(x, (heads,)) for x in (k, v))
-    return k, v, {**options, **slim} if slim else options  # type: ignore[typeddict-item]
-
-
-def _scores_once(x: Array | None) -> Array | None:
-    """A mask or bias with all its repeats taken away; None where there are none."""
-    if x is None or framework_of(x) is None or _is_differentiated(x):
+    slim: dict[str, Any] = {}
+    for name in ("mask", "bias"):
+        x: Any = options.get(name)
+        if x is None or framework_of(x) is None or _is_differentiated(x):
+            continue
+        # The last axis of rank 2 may be the keys of (B, Sk): of 1, it would be read as (Sq, 1).
+        rank = len(x.shape)
+        axes = tuple(axis for axis in range(-rank, 0 if rank > 2 else -1) if _repeats(x, axis))
+        if axes:
+            slim[name] = _once(x, axes)
+    if not slim:
         return None
-    rank = len(x.shape)
-    # The last axis of rank 2 may be the keys of (B, Sk): of 1, it would be read as (Sq, 1).
-    axes = tuple(axis for axis in range(-rank, 0 if rank > 2 else -1) if _repeats(x, axis))
-    return _once(x, axes) if axes else None
+    return k, v, {**options, **slim}  # type: ignore[typeddict-item]  # the same names, other arrays
+
+
+def heads_once(k: Array, v: Array, options: Options) -> Call | None:
+    """An equal call of one key head, where all heads of k and v are views of one; None where not."""
+    heads = -2 if options.get("layout") == "bshd" else -3
+    if len(k.shape) < 3 or not all(_repeats(x, heads) for x in (k, v)):
+        return None
+    if _is_differentiated(k) or _is_differentiated(v):
+        return None
+    return _once(k, (heads,)), _once(v, (heads,)), options
+
+
+def of_each_once(function: Callable[[Array], Array], x: Array) -> Array:
+    """A function of each number by itself, which repeats what x repeats."""
+    axes = tuple(axis for axis in range(-len(x.shape), 0) if _repeats(x, axis))
+    return broadcast_to(function(_once(x, axes)), x.shape) if axes else function(x)
 
 
 def _repeats(x: Array, axis: int) -> bool:
