@@ -4,11 +4,12 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import Any
 
 import jax
 import numpy as np
@@ -113,6 +114,7 @@ def collect_outcomes(
         outcomes: where they are put, one after the other: what is known when the run is ended.
         progress: called with (done, total, what comes next).
     """
+    settings = _Settings.now()
     pairs = [(case, dtype) for case in cases for dtype in _dtypes_of(case, dtypes)]
     # NumPy's products here are small: with threads of their own they wait for each other, a quarter of
     # the time. torch's and XLA's are left as they are.
@@ -138,7 +140,7 @@ def collect_outcomes(
                     facts = case.name, case.group, dtype, (str(error),)
                     asked.append([pool.submit(Outcome, name, *facts) for name in to_ask])
                 else:
-                    asked.append([pool.submit(outcome, name, question) for name in to_ask])
+                    asked.append([pool.submit(settings.outcome, name, question) for name in to_ask])
                     wait(AHEAD if question.inputs.q.nbytes < SMALL else 0)
             wait(0)
         finally:  # ended from outside: what is known counts, what nobody began is left
@@ -146,6 +148,39 @@ def collect_outcomes(
             outcomes += [answer.result() for answer in left]
     if progress:
         progress(len(pairs), len(pairs), "")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What was set for the process when the run began; a backend may set it, and others come after."""
+
+    folder: str
+    dtype: torch.dtype
+    recorded: bool
+    x64: bool
+    errors: dict[str, Any]
+
+    @classmethod
+    def now(cls) -> "_Settings":
+        return cls(
+            os.getcwd(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            x64_is_enabled(),
+            dict(np.geterr()),
+        )
+
+    def outcome(self, name: str, question: Question) -> Outcome:
+        """The outcome; afterwards all is set as before."""
+        try:
+            return outcome(name, question)
+        finally:
+            os.chdir(self.folder)
+            torch.set_default_dtype(self.dtype)
+            torch.set_grad_enabled(self.recorded)
+            np.seterr(**self.errors)
+            if x64_is_enabled() != self.x64:
+                jax.config.update("jax_enable_x64", self.x64)
 
 
 def is_asked(backend: str, case: Case) -> bool:
@@ -172,7 +207,7 @@ def outcome(name: str, question: Question) -> Outcome:
     float64 = jax.enable_x64(True) if dtype == "float64" else nullcontext()
     faults: list[Fault]
     try:
-        with _settings_kept(), float64, nullcontext() if beside_others else _one_at_a_time:
+        with float64, nullcontext() if beside_others else _one_at_a_time:
             started = time.perf_counter()
             with_lse, lse_reasons, answer = _first_answer(name, question)
             seconds = time.perf_counter() - started
@@ -204,26 +239,6 @@ def outcome(name: str, question: Question) -> Outcome:
         for found in (faults, losses)
     )
     return replace(result, failures=failures, losses=lost)
-
-
-@contextmanager
-def _settings_kept() -> Iterator[None]:
-    """Afterwards the process is set as before, whatever a backend sets: the next ones are judged too."""
-    folder, errors = os.getcwd(), np.geterr()
-    dtype, recorded, x64 = (
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-        x64_is_enabled(),
-    )
-    try:
-        yield
-    finally:
-        os.chdir(folder)
-        np.seterr(**errors)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(recorded)
-        if x64_is_enabled() != x64:
-            jax.config.update("jax_enable_x64", x64)
 
 
 def _first_answer(name: str, question: Question) -> tuple[bool, tuple[str, ...], Tensors]:
