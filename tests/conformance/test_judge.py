@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from judged import judge
 from typer.testing import CliRunner
 
 import heedful
@@ -21,7 +22,6 @@ from heedful_torch import cli
 from heedful_torch.crosscheck import InputError, crosscheck, load
 from heedful_torch.crosscheck.cases import Case, everything, named, normal, select
 from heedful_torch.crosscheck.question import Question
-from heedful_torch.crosscheck.tolerance import judge
 from heedful_torch.dlpack import x64_is_enabled
 
 # One case or two of every group: each distinct one costs every JAX backend a compilation.

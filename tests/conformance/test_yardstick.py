@@ -7,13 +7,14 @@ import json
 import hard
 import numpy as np
 import pytest
+from judged import judge
 
 import heedful
 from heedful import Problem, oracle
 from heedful_torch.crosscheck import crosscheck, memory_needed, question, tolerance, yardstick
 from heedful_torch.crosscheck.cases import named, select
 from heedful_torch.crosscheck.question import Question
-from heedful_torch.crosscheck.tolerance import CEILING, judge
+from heedful_torch.crosscheck.tolerance import CEILING
 
 HONEST = (
     "jax:flash",

@@ -134,35 +134,9 @@ class Judgement:
         return max(_times(e, limit) for e, limit in zip(self.errors, self.limits, strict=True))
 
 
-def judge(
-    tensor: str,
-    got: np.ndarray,
-    want: np.ndarray,
-    plain: Readings,
-    dtype: str,
-    hidden: np.ndarray | bool = False,
-    uncancelled: float = 0.0,
-    lossy: Readings = (),
-) -> Judgement:
-    """Judges one tensor of a backend.
-
-    Args:
-        tensor: "out", "lse", "dq", "dk", "dv" or "dbias".
-        got: the backend's, rows along the last axis; LSE (B, H, S).
-        want: the oracle's, float64.
-        plain: the yardstick's, or several readings of it, whose largest errors count.
-        dtype: of q.
-        hidden: boolean, broadcastable to the tensor: what must be exactly 0, since nothing is seen.
-        uncancelled: RMS of the terms that a gradient is the sum of. Where all of it cancels (a single
-            key: the weight is 1 whatever q is) there is no size to divide by but that of its terms.
-        lossy: the second yardstick's readings: within their limit, and not within plain's, is lossy.
-    """
-    return Standard.of(tensor, want, plain, dtype, hidden, uncancelled, lossy).judge(got)
-
-
 @dataclass(frozen=True)
 class Standard:
-    """What a tensor is judged by, made once for all backends; `judge` says what it is made of.
+    """What a tensor is judged by, made once for all backends.
 
     Attributes:
         right: the oracle's, float64, rows along the last axis.
@@ -196,7 +170,18 @@ class Standard:
         uncancelled: float = 0.0,
         lossy: Readings = (),
     ) -> "Standard":
-        """The standard of a tensor; the arguments are those of `judge`."""
+        """The standard of one tensor.
+
+        Args:
+            tensor: "out", "lse", "dq", "dk", "dv" or "dbias".
+            right: the oracle's, float64, rows along the last axis; LSE (B, H, S).
+            plain: the yardstick's, or several readings of it, whose largest errors count.
+            dtype: of q.
+            hidden: boolean, broadcastable to the tensor: what must be exactly 0, since nothing is seen.
+            uncancelled: RMS of the terms that a gradient is the sum of. Where all of it cancels (a
+                single key: the weight is 1 whatever q is) there is no size to divide by but theirs.
+            lossy: the second yardstick's readings: within their limit, and not within plain's, is lossy.
+        """
         right = _in_rows(tensor, right)
         finite = np.isfinite(right)
         unit = _unit(tensor, np.where(finite, right, 0))
@@ -212,7 +197,7 @@ class Standard:
         return cls(tensor, dtype, right, want, finite, unit, size, of_plain, of_lossy, hidden)
 
     def judge(self, got: np.ndarray) -> Judgement:
-        """Judges a backend's tensor."""
+        """Judges a backend's tensor, shaped like the oracle's."""
         tensor, dtype = self.tensor, self.dtype
         got = _in_rows(tensor, got)
         if got.shape != self.right.shape:
