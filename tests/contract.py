@@ -354,6 +354,7 @@ class Contract:
         if why := why_unable(self.caller, self.backend):
             if self.backend in (REQUIRED or ()):
                 pytest.fail(f"{self.backend} is required and cannot run here: {why}")
+            # It runs in a session of its own, which names it in REQUIRED.
             pytest.skip(f"{self.backend} cannot run here: {why}")
 
     def pytest_generate_tests(self, metafunc):

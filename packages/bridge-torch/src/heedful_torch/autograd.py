@@ -510,7 +510,7 @@ def _stream_of(context: Any, buffers: Sequence[Any]) -> Any:
     if kind == 1:  # kDLCPU
         yield
     else:
-        stream = torch.cuda.ExternalStream(context.stream, device=index)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.ExternalStream(context.stream, device=index)  # type: ignore[no-untyped-call]  # torch's own
         with torch.cuda.device(index), torch.cuda.stream(stream):
             yield
 

@@ -208,7 +208,7 @@ class ReadOnlyTensor(torch.Tensor):
         return guarded
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch says args, kwargs, and no types
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -247,7 +247,7 @@ class ReadOnlyTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return copying.deepcopy(self._plain, memo)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped in torch
         return f"{repr(self._plain)[:-1]}, read_only=True)"
 
 

@@ -112,7 +112,7 @@ def outside_compilation(function: Call) -> Call:
 
     def call(*args: Any) -> Any:
         if "torch._dynamo" in sys.modules:  # to import it takes a second
-            return torch.compiler.disable(function)(*args)  # type: ignore[no-untyped-call]
+            return torch.compiler.disable(function)(*args)  # type: ignore[no-untyped-call]  # torch's own
         return function(*args)
 
     return cast(Call, functools.update_wrapper(call, function, updated=()))

@@ -1,7 +1,7 @@
 """heedful: one attention call, any array, any backend, and proof that they agree."""
 
 # First, or its first backend's import would later cover the function `backends` with this package.
-import heedful.backends as _backends_package  # noqa: F401
+import heedful.backends as _backends_package  # noqa: F401  # imported for that alone
 from heedful.attention import (
     attention,
     causal_flash_attention,

@@ -68,7 +68,7 @@ class SdpaCudnn:
         place = span(problem)
         if place.hides == "diagonal" and len(place.rows) != len(place.columns):
             reasons.append("this kernel is trusted with causal on equal lengths only")
-        version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+        version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]  # torch's own
         if version < 90000:
             reasons.append(f"this kernel needs cuDNN 9; this torch has {version or 'none'}")
         if torch.cuda.is_available():

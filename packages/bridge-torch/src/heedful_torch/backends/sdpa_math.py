@@ -50,7 +50,8 @@ class SdpaMath:
         reasons = limits(KERNEL, problem)
         if problem.return_lse:
             reasons.append("this kernel returns no LSE; torch:sdpa-flash does")
-        rounded = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
+        is_rounded = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+        rounded = is_rounded()  # type: ignore[no-untyped-call]  # torch's own
         if rounded and problem.dtype in ("float16", "bfloat16"):
             reasons.append(
                 f"this torch is set to round scores to {problem.dtype}: call "
