@@ -33,6 +33,9 @@ import heedful
 # kernels that round P and O to bfloat16 below 1e-2.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 PEER = "torch SDPA"
+# What holds torch's libraries to fewer instructions than the machine has: an Intel CPU with AMX is then
+# compared as one without.
+HELD = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def environment() -> dict[str, str]:
         "jax": jax.__version__,
         "torch": torch.__version__,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
+    } | {name: os.environ[name] for name in HELD if name in os.environ}
 
 
 def table(title: str, rows: list[Row]) -> Table:
