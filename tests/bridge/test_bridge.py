@@ -14,7 +14,9 @@ import torch
 import heedful
 import reference
 from compilations import counted
-from heedful.problem import Operands, Problem
+from heedful.call import Call
+from heedful.call.operands import Operands
+from heedful.oracle import FEATURES
 from heedful_torch.bridge import bridge
 from heedful_torch.dlpack import CopyWarning, to_torch
 
@@ -59,6 +61,8 @@ def in_numpy(x):
 
 class Counting:
     """A backend of any framework that counts how often it is run, or traced, by q's dtype."""
+
+    takes = FEATURES
 
     def __init__(self, backend, name):
         self.backend, self.name, self.runs = backend, name, Counter()
@@ -130,9 +134,9 @@ def test_what_jax_cannot_share_is_copied_with_a_warning():
     with pytest.warns(CopyWarning, match="leave gaps"):
         out = heedful.attention(wide[..., :8], k, v, backend="jax:plain")
     torch.testing.assert_close(out, heedful.attention(q, k, v, backend="jax:plain"))
-    mask = torch.ones(6, 1, dtype=torch.bool).expand(6, 9)
+    everywhere = v[:1].expand_as(v)  # over the batch, which no axis of 1 would say
     with pytest.warns(CopyWarning, match="a broadcast"):
-        heedful.attention(q, k, v, mask=mask, backend="jax:plain")
+        heedful.attention(q, k, everywhere, backend="jax:plain")
 
 
 @pytest.mark.parametrize("backend", ["jax:plain", "numpy:oracle"])
@@ -247,6 +251,8 @@ def test_jax_is_told_why_a_torch_backend_failed(register):
     class Broken:
         name = "torch:broken"
 
+        takes = FEATURES
+
         def reasons(self, problem):
             return ()
 
@@ -327,12 +333,12 @@ def test_what_torch_cannot_share_is_copied_with_a_warning(view, why):
     ],
 )
 def test_reasons(caller, framework, platform, reason):
-    problem = dataclasses.replace(Problem.of(*qkv()), framework=caller, platform=platform)
+    problem = dataclasses.replace(Call.of(*qkv()).problem, framework=caller, platform=platform)
     assert bridge.reasons(problem, framework) == ([] if reason is None else [reason])
 
 
 def test_a_road_that_the_bridge_does_not_have():
-    problem = Problem.of(*qkv())
+    problem = Call.of(*qkv()).problem
     with pytest.raises(LookupError, match="from numpy to jax"):
         bridge.run(heedful.backends()["jax:plain"], problem, Operands(*qkv()))
 
@@ -402,6 +408,8 @@ def test_a_tensor_that_is_no_dense_memory_is_refused(kind, x, name):
 def test_a_numpy_backend_cannot_write_into_a_tensor():
     class Writer:
         name = "numpy:writer"
+
+        takes = FEATURES
 
         def reasons(self, problem):
             return ()

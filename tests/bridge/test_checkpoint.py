@@ -13,10 +13,13 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkp
 
 import heedful
 from heedful import use_backend
+from heedful.oracle import FEATURES
 
 
 class Multiplies:
     """q times a factor, and a note of each run."""
+
+    takes = FEATURES
 
     def __init__(self, name, factor, ran):
         self.name, self.factor, self.ran = name, factor, ran

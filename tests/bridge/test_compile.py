@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
 import heedful
+from heedful.oracle import FEATURES
 
 HELD = ("torch:sdpa-flash", "torch:sdpa-math")
 OPTIONS = {
@@ -126,6 +127,8 @@ def test_the_functions_of_the_core_stand_between_two_graphs():
 def test_a_graph_is_for_one_choice_of_backend(compiler, monkeypatch):
     class Sevens:
         name = "torch:sevens"
+
+        takes = FEATURES
 
         def reasons(self, problem):
             return ()

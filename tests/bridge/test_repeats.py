@@ -1,13 +1,14 @@
 """What is expanded or broadcast is handed on as what it is: no backend and no bridge makes all of it."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 
 import heedful
-from heedful.repeats import heads_once, scores_once
+from heedful import api
+from heedful.call import Call
+from heedful.oracle import FEATURES
+from heedful.repeats import once
 
 pytestmark = [  # what is left is copied: NumPy's views that are read-only, what is differentiated
     pytest.mark.filterwarnings("ignore::heedful_torch.dlpack.CopyWarning"),
@@ -20,6 +21,8 @@ FULL = (B, H, S, S)
 
 class Recording:
     """A backend that keeps the operands that it was handed."""
+
+    takes = FEATURES
 
     def __init__(self, name, grouped=True):
         self.name, self.grouped, self.seen = name, grouped, None
@@ -95,8 +98,7 @@ def test_integers_that_are_a_mask_are_converted_once(make, monkeypatch):
     q, row = make((2, 2, 6, D), (6, 6))
     ones = _expand(row.astype(int) if isinstance(row, np.ndarray) else row.int(), (2, 2, 6, 6))
     handed = []
-    module = sys.modules["heedful.attention"]  # the attribute of that name is the function
-    monkeypatch.setattr(module, "attention", lambda *_, mask, **__: handed.append(mask))
+    monkeypatch.setattr(api, "attention", lambda *_, mask, **__: handed.append(mask))
     heedful.flash_attention(q, q, q, ones)
     (mask,) = handed
     strides = mask.stride() if isinstance(mask, torch.Tensor) else mask.strides
@@ -168,9 +170,11 @@ def test_a_tangent_and_a_transformation_find_all_of_it():
 
 def test_what_repeats_nothing_is_handed_on_itself():
     k, bias = torch_arrays((2, 4, 6, D), (2, 4, 6, 6))
-    options = {"bias": bias, "causal": True}
-    assert scores_once(k, k, options) is None
-    assert heads_once(k, k, options) is None
+    call = Call.of(k, k, k, bias=bias, causal=True)
+    operands = call.operands
+    problem, handed = once(Recording("torch:recording"), call.problem, operands)
+    assert problem is call.problem
+    assert handed is operands
 
 
 def _expand(x, shape):

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import heedful
 import reference
 from contract import CASES
-from heedful.problem import Problem
+from heedful import dispatch
+from heedful.call import Call
 from heedful_torch.backends import row_sums, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
 from heedful_torch.backends.score_mask import additive_shape, score_mask, span
 
@@ -136,9 +137,9 @@ def test_cuda_operators_get_what_their_shapes_ask_for(backend, operator):
     q, k, v = (
         x.detach().to("meta").requires_grad_() for x in qkv(D=60, Dv=50, dtype=torch.bfloat16)
     )
-    problem = dataclasses.replace(Problem.of(q, k, v, return_lse=True), platform="gpu")
+    problem = dataclasses.replace(Call.of(q, k, v, return_lse=True).problem, platform="gpu")
     with Recorder() as recorder:
-        out, lse = BACKENDS[backend].run(problem, problem.canonical(q, k, v))
+        out, lse = BACKENDS[backend].run(problem, Call.of(q, k, v).operands)
         gradients = torch.autograd.grad((out.sum(), lse.sum()), (q, k, v))
     assert (out.shape, lse.shape) == ((2, 4, 6, 50), (2, 4, 6))
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
@@ -193,7 +194,7 @@ def test_a_window_at_decoding_touches_the_window_alone():
 )
 def test_span(lengths, options, expected):
     q, k, v = qkv(Sq=lengths[0], Sk=lengths[1])
-    assert tuple(span(Problem.of(q, k, v, **options))) == expected
+    assert tuple(span(Call.of(q, k, v, **options).problem)) == expected
 
 
 # The log-sum-exp's gradient
@@ -585,9 +586,9 @@ def test_the_mask_is_as_large_as_it_is_said_to_be(case):
     }
     if "bias" in options:
         options["bias"] = expanded(*options["bias"].shape)
-    problem = Problem.of(q, k, v, **options)
+    problem = Call.of(q, k, v, **options).problem
     place = span(problem)
-    made = score_mask(problem, problem.canonical(q, k, v, **options), place, torch.float32)
+    made = score_mask(problem, Call.of(q, k, v, **options).operands, place, torch.float32)
     if place.columns and place.rows:
         assert made.additive.shape == additive_shape(problem, place)
 
@@ -608,7 +609,7 @@ def test_the_mask_is_as_large_as_it_is_said_to_be(case):
 def test_what_the_kernels_build_on_a_gpu(backend, options, bytes_of_mask):
     q, k, v = qkv(Sk=options.get("Sk", 9), dtype=torch.bfloat16)
     options = {name: x for name, x in options.items() if name != "Sk"}
-    problem = dataclasses.replace(Problem.of(q, k, v, **options), platform="gpu")
+    problem = dataclasses.replace(Call.of(q, k, v, **options).problem, platform="gpu")
     assert BACKENDS[backend].score_bytes(problem) == bytes_of_mask
 
 
@@ -621,8 +622,9 @@ def refusals(backend, platform="cpu", bias=None, mask=None, **options):
     }
     q, k, v = qkv(**{"Dv": sizes.get("D", 8)} | sizes)
     operands = {"bias": bias, "mask": mask, **options}
-    problem = Problem.of(q, k, v, **operands)
-    reasons = BACKENDS[backend].reasons(dataclasses.replace(problem, platform=platform))
+    problem = Call.of(q, k, v, **operands).problem
+    asked = dataclasses.replace(problem, platform=platform)
+    reasons = list(dispatch.reasons(BACKENDS[backend], asked))
     machine = ("this torch sees no", "this torch is built without", "this kernel needs cuDNN")
     return [reason for reason in reasons if not reason.startswith(machine)]
 
@@ -649,9 +651,9 @@ def refusals(backend, platform="cpu", bias=None, mask=None, **options):
             "torch:sdpa-cudnn",
             {"softcap": 2.0},
             [
+                "no kernel of SDPA has a softcap; jax:flash has",
                 "this kernel needs a CUDA GPU; the arrays lie on cpu",
                 "this kernel takes float16 and bfloat16, not float32",
-                "no kernel of SDPA has a softcap; jax:flash has",
             ],
         ),
     ],
@@ -831,8 +833,8 @@ def on_cuda(monkeypatch, backend):
     monkeypatch.setattr(module[backend.partition("-")[2]], "aten", StandIn())
 
     def call(q, k, v, **options):
-        problem = dataclasses.replace(Problem.of(q, k, v, **options), platform="gpu")
-        return BACKENDS[backend].run(problem, problem.canonical(q, k, v, **options))
+        problem = dataclasses.replace(Call.of(q, k, v, **options).problem, platform="gpu")
+        return BACKENDS[backend].run(problem, Call.of(q, k, v, **options).operands)
 
     return call
 

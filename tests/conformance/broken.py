@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from heedful import oracle
+from heedful.oracle import FEATURES
 from heedful.plain import plain
 from heedful.visibility import visible
 from heedful_torch.crosscheck import Case
@@ -48,6 +49,8 @@ class Broken:
     dtypes: tuple[str, ...] = ("bfloat16",)
     deterministic: bool = False
     verdict: str = "disagree"
+
+    takes = FEATURES
 
     def reasons(self, problem):
         return ()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import heedful
-from heedful import Problem
 from heedful.backends.numpy_oracle import backend as numpy_oracle
+from heedful.call import Call
+from heedful.oracle import FEATURES
 from heedful_torch.crosscheck import crosscheck
 from heedful_torch.crosscheck.cases import combined, everything, quick
 from heedful_torch.crosscheck.combinations import (
@@ -199,6 +200,8 @@ class Planted:
     fault: Callable
     name: str = "numpy:planted"
 
+    takes = FEATURES
+
     def reasons(self, problem):
         return ()
 
@@ -223,8 +226,8 @@ def test_a_fault_that_needs_a_combination_is_caught(kind):
     def applies(case):
         inputs = case.inputs(0, case.dtype)
         options = {**inputs.options, "return_lse": case.return_lse}
-        problem = Problem.of(inputs.q, inputs.k, inputs.v, **options)
-        return fault(problem, problem.canonical(inputs.q, inputs.k, inputs.v, **options))
+        call = Call.of(inputs.q, inputs.k, inputs.v, **options)
+        return fault(call.problem, call.operands)
 
     found = [c for c in combined() if ("2048" in kind or is_small(c)) and applies(c)]
     assert found

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import heedful
 from heedful import oracle
+from heedful.oracle import FEATURES
 from heedful_torch import cli
 from heedful_torch.crosscheck import InputError, crosscheck, load
 from heedful_torch.crosscheck.cases import Case, everything, named, normal, select
@@ -88,6 +89,8 @@ def test_a_backend_that_needs_no_gradients_of_its_own_is_judged_by_what_it_retur
     class OutOnly:
         name: str = "numpy:out-only"
 
+        takes = FEATURES
+
         def reasons(self, problem):
             return ("it returns no LSE",) if problem.return_lse else ()
 
@@ -145,6 +148,8 @@ class Misbehaves:
     where: str
     name: str = "numpy:misbehaves"
 
+    takes = FEATURES
+
     def reasons(self, problem):
         return MISDEEDS[self.what]() if self.where == "reasons" else ()
 
@@ -167,7 +172,7 @@ ENDING = """
     class Ending:
         name = "numpy:ending"
         calls = 0
-        reasons, gradients = oracle.reasons, oracle.gradients
+        takes, reasons, gradients = oracle.takes, oracle.reasons, oracle.gradients
 
         def run(self, problem, operands):
             Ending.calls += 1
@@ -204,7 +209,7 @@ LEAVING = """
 
     class Leaving:
         name = "numpy:leaving"
-        reasons, gradients = oracle.reasons, oracle.gradients
+        takes, reasons, gradients = oracle.takes, oracle.reasons, oracle.gradients
 
         def run(self, problem, operands):
             os.chdir("/")
@@ -234,6 +239,8 @@ def test_what_a_backend_sets_for_the_process_is_set_back(registered, tmp_path):
     @dataclass(frozen=True)
     class Unsettling:
         name: str = "numpy:unsettling"
+
+        takes = FEATURES
 
         def reasons(self, problem):
             return ()
@@ -606,6 +613,7 @@ def test_a_module_that_registers_is_imported_first(tmp_path):
         "from heedful.plain import plain\n"
         "class Mine:\n"
         "    name = 'jax:mine'\n"
+        "    takes = {'return_lse'}\n"
         "    def reasons(self, problem):\n"
         "        return ()\n"
         "    def run(self, problem, operands):\n"

@@ -10,7 +10,9 @@ import pytest
 from judged import judge
 
 import heedful
-from heedful import Problem, oracle
+from heedful import oracle
+from heedful.call import Call
+from heedful.call.form import Form
 from heedful_torch.crosscheck import crosscheck, memory_needed, question, tolerance, yardstick
 from heedful_torch.crosscheck.cases import named, select
 from heedful_torch.crosscheck.question import Question
@@ -263,12 +265,21 @@ def test_a_bias_of_minus_infinity_is_asked_and_a_finite_one_that_does_not_fit_is
 def test_the_oracle_and_the_judge_import_no_rule_of_the_kernels():
     """Problem says what is asked; everything else of heedful is on trial."""
     allowed = {
-        oracle: {"heedful.problem"},
+        oracle: {"heedful.call.arrays", "heedful.call.operands", "heedful.call.problem"},
         yardstick: {"heedful", "heedful.oracle"},
         tolerance: set(),
-        question: {"heedful"},
+        question: {"heedful", "heedful.call"},
     }
-    names = {"Array", "Operands", "Problem", "Part", "add_over_broadcast", "parts", "oracle"}
+    names = {
+        "Array",
+        "Call",
+        "Operands",
+        "Problem",
+        "Part",
+        "add_over_broadcast",
+        "parts",
+        "oracle",
+    }
     for module, modules in allowed.items():
         imported = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if is_import(n)]
         assert {n.module for n in imported} == modules, module
@@ -295,18 +306,10 @@ def test_a_fault_of_visibility_is_seen(monkeypatch):
 
 def test_a_fault_that_undoes_itself_on_the_way_back_is_seen(monkeypatch):
     """The call's own rank and layout are read by the judge for itself."""
-    canonical, restore = Problem.canonical, Problem.restore
-
-    def flipped(self, q, k, v, **options):
-        return canonical(self, q[..., ::-1, :], k[..., ::-1, :], v[..., ::-1, :], **options)
-
-    def flipped_back(self, out, lse):
-        restored = restore(self, out, lse)
-        out, lse = restored if isinstance(restored, tuple) else (restored, None)
-        return (out[..., ::-1, :], lse[..., ::-1]) if lse is not None else out[..., ::-1, :]
-
-    monkeypatch.setattr(Problem, "canonical", flipped)
-    monkeypatch.setattr(Problem, "restore", flipped_back)
+    heads, out, lse = Form.heads, Form.out, Form.lse
+    monkeypatch.setattr(Form, "heads", lambda self, x: heads(self, x)[..., ::-1, :])
+    monkeypatch.setattr(Form, "out", lambda self, x: out(self, x)[..., ::-1, :])
+    monkeypatch.setattr(Form, "lse", lambda self, x: lse(self, x)[..., ::-1])
     report = crosscheck(
         ["jax:plain"], [hard.hard("flipped", hard.normal, causal=True)], ["float32"]
     )
@@ -320,7 +323,7 @@ def test_the_judge_reads_a_call_as_problem_does(name):
     (case,) = select([name], named())
     asked = Question.of(case, 0, "float32")
     x = asked.inputs
-    expected = asked.problem.canonical(x.q, x.k, x.v, **x.options)
+    expected = Call.of(x.q, x.k, x.v, **x.options).operands
     for found, wanted in zip(asked.operands[:5], expected[:5], strict=True):
         if wanted is None:
             assert found is None

@@ -54,6 +54,19 @@ def test_nor_do_they_across_a_bridge(convert, backend):
     assert not counts["traced"] and not counts["compiled"]
 
 
+@pytest.mark.parametrize("backend", JAX_BACKENDS)
+def test_calls_that_are_the_same_attention_compile_once(backend):
+    """In whatever layout and rank they come: NumPy's, whose views compile nothing of their own."""
+    q, kv = Q[:1], KV[:1]
+    heedful.attention(q, kv, kv, causal=True, backend=backend)
+    with counted() as counts:
+        turned = (x.swapaxes(1, 2) for x in (q, kv, kv))
+        heedful.attention(*turned, causal=True, backend=backend, layout="bshd")
+        heedful.attention(q[0], kv[0], kv[0], causal=True, backend=backend)
+        heedful.attention(*(x[None] for x in (q, kv, kv)), causal=True, backend=backend)
+    assert not counts["traced"] and not counts["compiled"]
+
+
 @pytest.mark.parametrize("new", [{"scale": 0.25}, {"softcap": 3.0}, {"window": (4, 0)}])
 def test_options_that_are_constants_of_a_model_compile_once_each(new):
     asked = {"scale": 0.5, "softcap": 2.0, "window": (3, 0), "backend": "jax:flash"}

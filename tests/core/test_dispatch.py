@@ -14,12 +14,16 @@ import pytest
 
 import heedful
 from heedful import Refusal, attention, dispatch, explain, use_backend
+from heedful.call.options import OPTIONS
+from heedful.oracle import FEATURES
 
 Q = jnp.ones((1, 2, 3, 8))
 
 
 class Fake:
     """Gives its own number as every output, so that an answer says who computed it."""
+
+    takes = FEATURES
 
     def __init__(self, name, number, *reasons, automatic=None, builds=0):
         self.name, self.number, self.given_reasons = name, number, reasons
@@ -568,6 +572,54 @@ def raise_it(error):
     raise error
 
 
+# A value of each option that asks for it, beside Q of (1, 2, 3, 8).
+ASKING = {
+    "mask": {"mask": jnp.ones((3, 3), bool)},
+    "bias": {"bias": jnp.ones((3, 3))},
+    "causal": {"causal": True},
+    "window": {"window": (1, 0)},
+    "q_offset": {"causal": True, "q_offset": 1},
+    "q_lengths": {"q_lengths": jnp.array([2])},
+    "kv_lengths": {"kv_lengths": jnp.array([2])},
+    "scale": {"scale": 1.0},
+    "softcap": {"softcap": 1.0},
+    "return_lse": {"return_lse": True},
+}
+
+
+@pytest.mark.parametrize("option", [o.name for o in OPTIONS if o.name != "layout"])
+def test_a_backend_that_takes_nothing_is_given_nothing(option):
+    """So an option that is added tomorrow is refused by every backend that is written today."""
+    fake = Fake("jax:nothing", 7)
+    fake.takes = ()
+    with given(fake):
+        assert who(backend="jax:nothing") == 7
+        with pytest.raises(Refusal, match=rf"does not take {option}(;|$)"):
+            attention(Q, Q, Q, backend="jax:nothing", **ASKING[option])
+
+
+def test_what_it_takes_may_be_broken_and_is_a_reason():
+    fake = Fake("jax:odd", 0, automatic=-1)
+    fake.takes = 7
+    with given(fake):
+        verdicts = {verdict.name: verdict for verdict in explain(Q, Q, Q).verdicts}
+        assert verdicts["jax:odd"].reasons == (
+            "its takes fails: TypeError: 'int' object is not iterable",
+        )
+        assert attention(Q, Q, Q).shape == Q.shape
+
+
+def test_what_shapes_ask_for_is_refused_with_their_sizes():
+    fake = Fake("jax:nothing", 7)
+    fake.takes = ()
+    with given(fake):
+        verdicts = explain(Q, Q[:, :1], Q[:, :1, :, :4]).verdicts
+    assert {verdict.name: verdict.reasons for verdict in verdicts}["jax:nothing"] == (
+        "does not take grouped_heads: 2 query heads on 1 key heads",
+        "does not take value_dim: Dv = 4, D = 8",
+    )
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -692,6 +744,7 @@ PACKAGE = """
 
     class Ours:
         name = "jax:ours"
+        takes = {"softcap"}
 
         def reasons(self, problem):
             return ["we do not like softcap"] if problem.softcap else []

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from callers import QUICKLY
+from heedful.call import Call
 from heedful.flash import flash
 from heedful.flash.autodiff import RESIDUALS
 from heedful.flash.forward import forward
 from heedful.flash.tiles import TILE_BYTES, Tiles, keys_seen, queries_seen, start, tile_sizes
 from heedful.plain import plain
-from heedful.problem import Problem
 from reference import without_idle_offset
 
 TILES = Tiles(batch=1, kv_heads=1, queries=16, keys=24)
@@ -41,8 +41,8 @@ def ask(*, batch=2, q_heads=4, kv_heads=2, q_length=37, kv_length=50, **options)
 
     q = normal(batch, q_heads, q_length, 8)
     k, v = normal(batch, kv_heads, kv_length, 8), normal(batch, kv_heads, kv_length, 6)
-    problem = Problem.of(q, k, v, **options)
-    operands = problem.canonical(q, k, v, **options)
+    call = Call.of(q, k, v, **options)
+    problem, operands = call.problem, call.operands
     out_weights, lse_weights = normal(*q.shape[:3], 6), normal(*q.shape[:3])
     moving = {"q": q, "k": k, "v": v}
     if operands.bias is not None:
@@ -146,10 +146,10 @@ def derivatives(attend, dtype, bias=0.0):
     weights = normal(1, 2, 40, 8), normal(1, 2, 40)
     accumulator = "float64" if dtype == "float64" else "float32"
     options = {"bias": jnp.full((1, 1, 1, 50), bias, accumulator)}
-    problem = Problem.of(*qkv, **options)
+    problem = Call.of(*qkv, **options).problem
 
     def loss(*qkv):
-        out, lse = attend(problem, problem.canonical(*qkv, **options))
+        out, lse = attend(problem, Call.of(*qkv, **options).operands)
         return jnp.vdot(out**2, weights[0]).astype(accumulator) + jnp.vdot(
             lse, weights[1].astype(accumulator)
         )
@@ -159,7 +159,7 @@ def derivatives(attend, dtype, bias=0.0):
         gradient = jax.grad(loss, (0, 1, 2))
         results = gradient(*qkv)
         out_and_lse = partial(attend, problem)
-        tangent = jax.jvp(lambda *x: out_and_lse(problem.canonical(*x, **options)), qkv, along)[1]
+        tangent = jax.jvp(lambda *x: out_and_lse(Call.of(*x, **options).operands), qkv, along)[1]
         return results, tangent, jax.jvp(gradient, qkv, along)[1], jax.vjp(gradient, *qkv)[1](along)
 
     return every(qkv)
@@ -181,10 +181,10 @@ def test_logits_near_4096_lose_no_more_than_in_plain(dtype):
 
     def gradients(attend, dtype):
         qkv = [jnp.asarray(x, dtype) for x in (q, k, v)]
-        problem = Problem.of(*qkv, scale=1.0)
+        problem = Call.of(*qkv, scale=1.0).problem
 
         def out(*qkv):
-            return attend(problem, problem.canonical(*qkv))[0]
+            return attend(problem, Call.of(*qkv).operands)[0]
 
         dq, dk, dv = jax.vjp(out, *qkv)[1](jnp.asarray(d_out, dtype))
         return dq[..., 1:], dk, dv  # what the keys have in common cancels in dq
@@ -202,8 +202,8 @@ def test_half_precision_keeps_the_gradients_of_peaked_rows():
 
     def dq(attend, qkv, dtype, **options):
         q, k, v = (x.astype(dtype) for x in qkv)
-        problem = Problem.of(q, k, v, **options)
-        return jax.grad(lambda q: attend(problem, problem.canonical(q, k, v))[0].sum())(q)
+        problem = Call.of(q, k, v, **options).problem
+        return jax.grad(lambda q: attend(problem, Call.of(q, k, v).operands)[0].sum())(q)
 
     for qkv, options in ((peaked, {}), (two_keys, {"scale": 1.0})):
         expected = dq(plain, qkv, "float64", **options)
@@ -225,11 +225,11 @@ def test_bfloat16_products_of_any_shape_compile(q_heads, kv_heads, q_length, kv_
     rng = np.random.default_rng(0)
     shapes = (2, q_heads, q_length, size), *[(2, kv_heads, kv_length, size)] * 2
     qkv = [jnp.asarray(rng.standard_normal(shape), "bfloat16") for shape in shapes]
-    problem = Problem.of(*qkv)
+    problem = Call.of(*qkv).problem
 
     def gradients(attend):
         return jax.jit(
-            jax.grad(lambda *x: attend(problem, problem.canonical(*x))[0].sum(), (0, 1, 2))
+            jax.grad(lambda *x: attend(problem, Call.of(*x).operands)[0].sum(), (0, 1, 2))
         )(*qkv)
 
     for found, expected in zip(gradients(flash), gradients(plain), strict=True):
@@ -431,8 +431,8 @@ def test_tiles_seen_are_exactly_those_with_a_visible_pair(
         if real is not None:
             options[name] = np.array([min(real, longest)])
     q, k = np.zeros((1, 1, q_length, 1)), np.zeros((1, 1, kv_length, 1))
-    problem = Problem.of(q, k, k, **options)
-    operands = jax.tree.map(jnp.asarray, problem.canonical(q, k, k, **options))
+    problem = Call.of(q, k, k, **options).problem
+    operands = jax.tree.map(jnp.asarray, Call.of(q, k, k, **options).operands)
     options = {name: x for name, x in options.items() if name != "causal"}
     pairs = visible_by_definition(1, 1, q_length, kv_length, causal=causal, **options)[0, 0]
     tiles = Tiles(1, 1, min(queries, q_length), min(keys, kv_length))
@@ -466,7 +466,7 @@ def test_tiles_seen_are_exactly_those_with_a_visible_pair(
 def test_tiles_divide_the_heads_and_fit_their_size(batch, kv_heads, group, q_length, kv_length):
     shapes = [(batch, kv_heads * group, q_length, 64), (batch, kv_heads, kv_length, 64)]
     q, k = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
-    tiles = tile_sizes(Problem.of(q, k, k))
+    tiles = tile_sizes(Call.of(q, k, k).problem)
     assert batch % tiles.batch == 0 and kv_heads % tiles.kv_heads == 0
     assert tiles.batch == 1 or tiles.kv_heads == kv_heads
     assert 1 <= tiles.queries <= q_length and 1 <= tiles.keys <= kv_length
@@ -486,8 +486,8 @@ def planned_bytes(function, length, **sizes):
 
 
 def attend(q, k, v):
-    problem = Problem.of(q, k, v, causal=True)
-    return flash(problem, problem.canonical(q, k, v, causal=True))[0]
+    call = Call.of(q, k, v, causal=True)
+    return flash(call.problem, call.operands)[0]
 
 
 def gradients(q, k, v):
@@ -504,8 +504,8 @@ def test_memory_is_linear_in_the_length(function):
 
 def test_grouped_keys_are_not_repeated():
     q, k = jnp.zeros((1, 8, 640, 16)), jnp.zeros((1, 2, 640, 16))
-    problem = Problem.of(q, k, k)
-    text = str(jax.make_jaxpr(partial(forward, problem))(problem.canonical(q, k, k)))
+    problem = Call.of(q, k, k).problem
+    text = str(jax.make_jaxpr(partial(forward, problem))(Call.of(q, k, k).operands))
     assert "f64[1,2,640,16]" in text  # K and V as they came
     tile = tile_sizes(problem)
     assert f"f64[1,8,{tile.keys},16]" not in text

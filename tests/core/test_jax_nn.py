@@ -8,14 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from heedful import Problem, attention
+from heedful import attention, dispatch
 from heedful.backends import jax_nn_cudnn, jax_nn_xla
+from heedful.call import Call
+
+
+def refusals(backend, problem):
+    return list(dispatch.reasons(backend, problem))
 
 
 def problem(dtype="bfloat16", platform="gpu", Sq=6, Sk=8, D=16, Dv=16, **options):
     q = jnp.zeros((2, 4, Sq, D), jnp.bfloat16)
     k, v = (jnp.zeros((2, 2, Sk, size), jnp.bfloat16) for size in (D, Dv))
-    return replace(Problem.of(q, k, v, **options), dtype=dtype, platform=platform)
+    return replace(Call.of(q, k, v, **options).problem, dtype=dtype, platform=platform)
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ LENGTHS = np.array([6, 3], np.int32)
 )
 @pytest.mark.usefixtures("gpu")
 def test_cudnn(asked, reasons):
-    assert jax_nn_cudnn.backend.reasons(problem(**asked)) == reasons
+    assert refusals(jax_nn_cudnn.backend, problem(**asked)) == reasons
 
 
 @pytest.mark.parametrize(
@@ -101,25 +106,25 @@ def test_what_cudnn_is_given_beside_q_k_v(asked, bytes_a_score):
 
 def test_cudnn_asks_what_gpu_there_is(gpu):
     wide = problem(D=256, Dv=256)
-    assert jax_nn_cudnn.backend.reasons(wide) == []
+    assert refusals(jax_nn_cudnn.backend, wide) == []
     gpu((8, 6))
-    assert jax_nn_cudnn.backend.reasons(wide) == [
+    assert refusals(jax_nn_cudnn.backend, wide) == [
         "cuDNN's attention takes head sizes up to 128 that are multiples of 8, not 256"
     ]
     gpu((7, 5))
-    assert jax_nn_cudnn.backend.reasons(problem()) == [
+    assert refusals(jax_nn_cudnn.backend, problem()) == [
         "cuDNN's attention needs a GPU of compute capability 8.0 or more; this one has 7.5"
     ]
     gpu(None)
-    assert jax_nn_cudnn.backend.reasons(problem()) == [
+    assert refusals(jax_nn_cudnn.backend, problem()) == [
         "cuDNN runs on NVIDIA GPUs alone; this GPU is none of theirs"
     ]
 
 
 def test_every_reason_is_told():
     asked = {"softcap": 1.0, "return_lse": True, "Dv": 8, "platform": "cpu", "dtype": "float32"}
-    assert len(jax_nn_cudnn.backend.reasons(problem(**asked, Sk=0))) == 6
-    assert len(jax_nn_xla.backend.reasons(problem(**asked))) == 3
+    assert len(refusals(jax_nn_cudnn.backend, problem(**asked, Sk=0))) == 6
+    assert len(refusals(jax_nn_xla.backend, problem(**asked))) == 3
 
 
 def test_xla_takes_half_precision_where_jax_does():
@@ -150,7 +155,7 @@ def test_the_smallest_bfloat16_is_computed_or_refused(heads, Sq, Sk, D):
     B, Hq, Hkv = heads
     q, k, v = (jnp.ones((B, H, S, D), jnp.bfloat16) for H, S in ((Hq, Sq), (Hkv, Sk), (Hkv, Sk)))
     with jax.numpy_dtype_promotion("standard"):
-        computes = not jax_nn_xla.backend.reasons(Problem.of(q, k, v))
+        computes = not refusals(jax_nn_xla.backend, Call.of(q, k, v).problem)
         no_matrix = B == Hkv == 1 and (Hq * Sq, Sk, D).count(1) >= 2
         assert computes == (not no_matrix or jax.__version_info__ >= (0, 12))
         if computes:

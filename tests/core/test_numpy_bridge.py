@@ -16,8 +16,9 @@ import pytest
 from heedful import dispatch, oracle
 from heedful.backends.jax_plain import backend as jax_plain
 from heedful.backends.numpy_oracle import backend as numpy_oracle
+from heedful.call import Call
 from heedful.numpy_bridge import bridge
-from heedful.problem import Problem
+from heedful.oracle import FEATURES
 
 ASKED = {"causal": True, "return_lse": True}
 
@@ -29,13 +30,13 @@ def draw_arrays(dtype="float32"):
 
 
 def call(backend, q, k, v, **options):
-    problem = Problem.of(q, k, v, **options)
-    return bridge.run(backend, problem, problem.canonical(q, k, v, **options))
+    call = Call.of(q, k, v, **options)
+    return bridge.run(backend, call.problem, call.operands)
 
 
 def judge(q, k, v, **options):
-    problem = Problem.of(q, k, v, **options)
-    return oracle.forward(problem, problem.canonical(q, k, v, **options))
+    call = Call.of(q, k, v, **options)
+    return oracle.forward(call.problem, call.operands)
 
 
 def value(q, k, v, **options):
@@ -46,8 +47,8 @@ def value(q, k, v, **options):
 
 def judge_value(q, k, v, **options):
     """The value and the gradients of q, k, v and bias."""
-    problem = Problem.of(q, k, v, **ASKED, **options)
-    operands = problem.canonical(q, k, v, **ASKED, **options)
+    call = Call.of(q, k, v, **ASKED, **options)
+    problem, operands = call.problem, call.operands
     out, lse = oracle.forward(problem, operands)
     gradients = oracle.gradients(problem, operands, 2 * out, np.cos(lse))
     return (out**2).sum() + np.sin(lse).sum(), gradients
@@ -195,9 +196,9 @@ def test_out_alone_has_gradients_too():
     found = jax.grad(lambda *arrays: call(numpy_oracle, *arrays)[0].sum(), EVERY)(
         *map(jnp.asarray, arrays)
     )
-    problem = Problem.of(*arrays)
+    problem = Call.of(*arrays).problem
     ones, zeros = np.ones((2, 4, 5, 2)), np.zeros((2, 4, 5))
-    expected = oracle.gradients(problem, problem.canonical(*arrays), ones, zeros)
+    expected = oracle.gradients(problem, Call.of(*arrays).operands, ones, zeros)
     assert_close(found, expected[:3])
 
 
@@ -252,14 +253,16 @@ def test_a_backend_that_breaks_its_promise(change, message):
 
 
 def run(backend, q, k, v, **options):
-    problem = Problem.of(q, k, v, **options)
-    return dispatch.run(backend, problem, problem.canonical(q, k, v, **options))
+    call = Call.of(q, k, v, **options)
+    return dispatch.run(backend, call.problem, call.operands)
 
 
 class Writer:
     """Writes into what it is handed."""
 
     name = "numpy:writer"
+
+    takes = FEATURES
 
     def __init__(self, field):
         self.field = field
@@ -313,7 +316,7 @@ def test_what_a_backend_returns_is_not_the_callers_memory():
 
 
 def test_an_accelerator_is_refused():
-    problem = Problem.of(*map(jnp.asarray, draw_arrays()))
+    problem = Call.of(*map(jnp.asarray, draw_arrays())).problem
     assert bridge.reasons(problem, "numpy") == ()
     (reason,) = bridge.reasons(dataclasses.replace(problem, platform="gpu"), "numpy")
     assert reason.startswith("the arrays lie on a gpu and NumPy's in host memory")
@@ -325,12 +328,12 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, jax.numpy as jnp
 from heedful.backends.numpy_oracle import backend
 from heedful.numpy_bridge import bridge
-from heedful.problem import Problem
+from heedful.call import Call
 
 def value(q):
     q = jnp.sin(q)
-    problem = Problem.of(q, q, q)
-    return bridge.run(backend, problem, problem.canonical(q, q, q))[0].sum()
+    call = Call.of(q, q, q)
+    return bridge.run(backend, call.problem, call.operands)[0].sum()
 
 print(jax.jit(jax.grad(value))(jnp.ones((2, 1, 4, 250_000))).shape)
 """

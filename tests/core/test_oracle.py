@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from heedful import oracle
 from heedful.backends.numpy_oracle import backend
-from heedful.problem import Problem
+from heedful.call import Call
 from reference import without_idle_offset
 
 # (B, Hq, Hkv, Sq, Sk, D, Dv). Few, because JAX compiles the dense function anew for each.
@@ -40,8 +40,8 @@ def draw_arrays(shape, seed=0, dtype=np.float64):
 
 def judge(q, k, v, dout, dlse, **options):
     """out, lse, dq, dk, dv, dbias, all by the oracle."""
-    problem = Problem.of(q, k, v, **options)
-    operands = problem.canonical(q, k, v, **options)
+    call = Call.of(q, k, v, **options)
+    problem, operands = call.problem, call.operands
     return (
         *oracle.forward(problem, operands),
         *oracle.gradients(problem, operands, dout, dlse),
@@ -305,8 +305,8 @@ def test_integers_of_any_width(dtype):
 def test_the_backend_rounds(dtype):
     q, k, v, dout, dlse = draw_arrays(SHAPES["grouped, fewer queries"], dtype=dtype)
     bias = np.zeros((6,), "float64" if dtype == "float64" else "float32")
-    problem = Problem.of(q, k, v, bias=bias)
-    operands = problem.canonical(q, k, v, bias=bias)
+    call = Call.of(q, k, v, bias=bias)
+    problem, operands = call.problem, call.operands
     assert backend.reasons(problem) == ()
     out, lse = backend.run(problem, operands)
     dq, dk, dv, dbias = backend.gradients(problem, operands, dout, dlse)
@@ -317,7 +317,7 @@ def test_the_backend_rounds(dtype):
 
 def test_the_backend_rounds_beyond_float16_to_infinity():
     q = np.full((1, 1, 1, 1), 6e4, np.float16)
-    problem = Problem.of(q, q, q)
+    problem = Call.of(q, q, q).problem
     big = np.full((1, 1, 1, 1), 6e4, np.float32)
-    dv = backend.gradients(problem, problem.canonical(q, q, q), 2 * big, big[..., 0])[2]
+    dv = backend.gradients(problem, Call.of(q, q, q).operands, 2 * big, big[..., 0])[2]
     assert dv == np.inf

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import heedful
+from heedful.call import Call
 from heedful.results import WrongResult
 
 X = np.ones((1, 1, 4, 8), np.float32)
@@ -26,12 +27,12 @@ def refusal():
 
 def things():
     explanation = heedful.explain(X, X, X, causal=True)
-    problem = heedful.Problem.of(X, X, X, causal=True, return_lse=True)
+    problem = Call.of(X, X, X, causal=True, return_lse=True).problem
     return [
         explanation,
         explanation.verdicts[0],
         problem,
-        problem.canonical(X, X, X, causal=True),
+        Call.of(X, X, X, causal=True).operands,
         refusal(),
         WrongResult("no lse", "jax:odd", "lse"),
     ]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from heedful import oracle, softcap
+from heedful.call import Call
 from heedful.plain import plain
-from heedful.problem import Problem
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -33,8 +33,8 @@ def draw_arrays(q_length=4, kv_length=6, head_dim=3, dtype="float32", seed=0):
 
 
 def attention(q, k, v, **options):
-    problem = Problem.of(q, k, v, **options)
-    return plain(problem, problem.canonical(q, k, v, **options))
+    call = Call.of(q, k, v, **options)
+    return plain(call.problem, call.operands)
 
 
 @partial(jax.jit, static_argnames=("causal", "softcap", "window"))
@@ -45,8 +45,8 @@ def run(q, k, v, dout, dlse, **options):
 
 
 def judge(q, k, v, dout, dlse, **options):
-    problem = Problem.of(q, k, v, **options)
-    operands = problem.canonical(q, k, v, **options)
+    call = Call.of(q, k, v, **options)
+    problem, operands = call.problem, call.operands
     results = oracle.forward(problem, operands)
     return *results, *oracle.gradients(problem, operands, dout, dlse)[:3]
 

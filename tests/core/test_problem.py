@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import heedful
-from heedful import Problem
+from heedful.call import Call
 
 
 def zeros(*shape, dtype="float32"):
@@ -525,12 +525,12 @@ def test_wrong_lengths_are_found_in_a_trace_too_where_they_are_known():
 
 
 def test_equal_calls_make_equal_problems():
-    problem = Problem.of(Q, K, V, causal=True, window=[3, np.int64(0)], scale=np.float32(0.5))
-    same = Problem.of(Q + 1, K, V, causal=np.True_, window=(3, 0), scale=0.5, bias=None)
+    problem = Call.of(Q, K, V, causal=True, window=[3, np.int64(0)], scale=np.float32(0.5)).problem
+    same = Call.of(Q + 1, K, V, causal=np.True_, window=(3, 0), scale=0.5, bias=None).problem
     assert problem == same
     assert hash(problem) == hash(same)
     assert len({problem, same}) == 1
-    assert problem != Problem.of(Q, K, V, causal=True, window=(3, 1), scale=0.5)
+    assert problem != Call.of(Q, K, V, causal=True, window=(3, 1), scale=0.5).problem
 
 
 @pytest.mark.parametrize(
@@ -544,12 +544,36 @@ def test_equal_calls_make_equal_problems():
     ],
 )
 def test_what_means_the_same_is_the_same_problem(said, meant):
-    assert Problem.of(Q, K, V, **said) == Problem.of(Q, K, V, **meant)
+    assert Call.of(Q, K, V, **said).problem == Call.of(Q, K, V, **meant).problem
+
+
+def test_a_problem_knows_neither_rank_nor_layout():
+    turned = (x.swapaxes(1, 2) for x in (Q, K, V))
+    problem = Call.of(Q, K, V, causal=True).problem
+    assert Call.of(*turned, causal=True, layout="bshd").problem == problem
+    assert Call.of(*(x[None] for x in (Q, K, V)), causal=True).problem == problem
+
+
+@pytest.mark.parametrize(
+    ("options", "features"),
+    [
+        ({}, set()),
+        ({"causal": "top_left"}, {"causal", "q_offset"}),  # of five queries on seven keys
+        ({"causal": True, "q_offset": np.array([1, 2])}, {"causal", "q_offset"}),
+        ({"causal": True, "kv_lengths": np.array([7, 3])}, {"causal", "kv_lengths"}),
+        ({"window": (None, None), "scale": 8**-0.5, "bias": None}, set()),
+        ({"window": (1, None), "scale": 1, "bias": zeros(7)}, {"window", "scale", "bias"}),
+    ],
+)
+def test_features_are_what_is_asked_beyond_plain_attention(options, features):
+    of_shapes = {"grouped_heads", "value_dim"}
+    assert Call.of(Q, K, V, **options).problem.features == features | of_shapes
+    assert Call.of(K, K, K).problem.features == set()
 
 
 def test_a_problem_says_what_is_asked():
     lengths = np.array([7, 3])
-    problem = Problem.of(Q, K, V, causal=True, kv_lengths=lengths, bias=zeros(5, 7))
+    problem = Call.of(Q, K, V, causal=True, kv_lengths=lengths, bias=zeros(5, 7)).problem
     assert (problem.batch, problem.q_heads, problem.kv_heads, problem.group) == (2, 4, 2, 2)
     assert (problem.q_length, problem.kv_length) == (5, 7)
     assert (problem.head_dim, problem.value_dim) == (8, 16)
@@ -575,7 +599,7 @@ def test_a_problem_says_what_is_asked():
     ],
 )
 def test_causal_and_window_together_are_a_band(options, band):
-    problem = Problem.of(Q, K, V, **options)
+    problem = Call.of(Q, K, V, **options).problem
     assert problem.band == band
     assert problem.positional == (band != (None, None))
 
@@ -590,24 +614,24 @@ def test_canonical_operands_are_views_and_restore_is_their_inverse(layout, lead)
     q, k, v = array(4, 5, 8), array(2, 7, 8), array(2, 7, 16)
     batch = int(np.prod(lead))
     options = {"layout": layout, "mask": np.ones((5, 7), bool), "return_lse": True}
-    problem = Problem.of(q, k, v, **options)
-    operands = problem.canonical(q, k, v, **options)
+    call = Call.of(q, k, v, **options)
+    operands = call.operands
     assert operands.q.shape == (batch, 4, 5, 8)
     assert operands.k.shape == (batch, 2, 7, 8)
     assert operands.v.shape == (batch, 2, 7, 16)
     assert operands.mask.shape == (1, 1, 5, 7)
     for given, canonical in zip((q, k, v, options["mask"]), operands, strict=False):
         assert np.shares_memory(given, canonical)
-    out, lse = problem.restore(operands.q, np.zeros((batch, 4, 5)))
+    out, lse = call.restore(operands.q, np.zeros((batch, 4, 5)))
     np.testing.assert_array_equal(out, q)
     assert lse.shape == (*lead, 4, 5)
 
 
 def test_rank_two_has_neither_batch_nor_heads():
     q, k = zeros(5, 8), zeros(7, 8)
-    problem = Problem.of(q, k, k, return_lse=True)
-    assert problem.canonical(q, k, k).q.shape == (1, 1, 5, 8)
-    out, lse = problem.restore(zeros(1, 1, 5, 8), zeros(1, 1, 5))
+    call = Call.of(q, k, k, return_lse=True)
+    assert call.operands.q.shape == (1, 1, 5, 8)
+    out, lse = call.restore(zeros(1, 1, 5, 8), zeros(1, 1, 5))
     assert (out.shape, lse.shape) == ((5, 8), (5,))
 
 
@@ -615,21 +639,21 @@ def test_rank_two_has_neither_batch_nor_heads():
 def test_lengths_of_any_integer_type_become_int32(dtype):
     lengths = np.array([3, 7], dtype)
     options = {"causal": True, "q_lengths": lengths - 2, "kv_lengths": lengths}
-    operands = Problem.of(Q, K, V, **options).canonical(Q, K, V, **options)
+    operands = Call.of(Q, K, V, **options).operands
     assert operands.q_lengths.dtype == operands.kv_lengths.dtype == np.int32
 
 
 def test_a_shape_is_enough():
     q = jax.ShapeDtypeStruct((2, 4, 5, 8), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((2, 4, 7, 8), jnp.bfloat16)
-    problem = Problem.of(q, k, k, causal=True)
+    problem = Call.of(q, k, k, causal=True).problem
     assert (problem.framework, problem.dtype, problem.q_offset) == ("jax", "bfloat16", 2)
 
 
 def test_numpy_masks_and_lengths_are_constants_to_jax():
     q, k, v = map(jnp.array, (Q, K, V))
     options = {"mask": TRUE[0, 0], "kv_lengths": np.array([7, 3])}
-    assert Problem.of(q, k, v, **options).framework == "jax"
+    assert Call.of(q, k, v, **options).problem.framework == "jax"
 
 
 def test_every_option_is_checked_under_jit_as_outside():

@@ -19,7 +19,7 @@ from heedful import (
     plain_attention,
     value_and_grad_difference,
 )
-from heedful.problem import Options
+from heedful.call.options import OPTIONS
 
 PUBLIC = {
     "Backend",
@@ -51,13 +51,13 @@ def test_every_option_is_documented_where_it_is_taken_and_where_it_is_checked():
     text = inspect.getdoc(heedful.attention)  # dedented, as Python 3.13 itself has it
     arguments = text.partition("Args:")[2].partition("Returns:")[0]
     documented = re.findall(r"^ {4}(\w+):", arguments, re.MULTILINE)
-    assert documented == ["q", "k", "v", "backend", *Options.__annotations__]
+    assert documented == ["q", "k", "v", "backend", *(option.name for option in OPTIONS)]
 
 
 def test_the_errors_name_every_option():
     with pytest.raises(TypeError) as raised:
         heedful.attention(*[jnp.ones((3, 8))] * 3, nonsense=1)
-    assert all(name in str(raised.value) for name in Options.__annotations__)
+    assert all(option.name in str(raised.value) for option in OPTIONS)
 
 
 # What is imported

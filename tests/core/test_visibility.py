@@ -7,7 +7,7 @@ from definition import visible_by_definition
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heedful.problem import Problem
+from heedful.call import Call
 from heedful.visibility import q_offset, visible
 from reference import without_idle_offset
 
@@ -41,8 +41,8 @@ def ask(xp, options, rows=slice(0, SQ), columns=slice(0, SK)):
     """`visible` for those rows and columns, on arrays of `xp`, as the whole tile."""
     q, k = xp.zeros((B, HQ, SQ, 3)), xp.zeros((B, 1, SK, 3))
     options = {n: xp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
-    problem = Problem.of(q, k, k, **options)
-    operands = problem.canonical(q, k, k, **options)
+    call = Call.of(q, k, k, **options)
+    problem, operands = call.problem, call.operands
     mask = operands.mask
     if mask is not None:
         mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
@@ -68,8 +68,8 @@ def test_a_tile_is_a_part_of_the_whole(options, i, j):
 
 def answer_to(**options):
     q, k = np.zeros((B, HQ, SQ, 3)), np.zeros((B, 1, SK, 3))
-    problem = Problem.of(q, k, k, **options)
-    operands = problem.canonical(q, k, k, **options)
+    call = Call.of(q, k, k, **options)
+    problem, operands = call.problem, call.operands
     return problem, operands, visible(problem, operands, np.arange(SQ), np.arange(SK))
 
 

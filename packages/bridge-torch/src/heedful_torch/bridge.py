@@ -23,8 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.dispatch import Backend
-from heedful.problem import Array, Operands, Problem
 from heedful.results import checked_gradients, checked_run
 from heedful_torch.autograd import jax_in_torch, torch_in_jax
 from heedful_torch.dlpack import CopyWarning

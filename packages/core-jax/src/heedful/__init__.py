@@ -2,16 +2,17 @@
 
 # First, or its first backend's import would later cover the function `backends` with this package.
 import heedful.backends as _backends_package  # noqa: F401  # imported for that alone
-from heedful.attention import (
+from heedful.api import (
     attention,
     causal_flash_attention,
     explain,
     flash_attention,
     plain_attention,
 )
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.comparison import value_and_grad_difference
 from heedful.dispatch import Backend, Refusal, backends, register, unregister, use_backend
-from heedful.problem import Operands, Problem
 
 __version__ = "0.1.0"
 

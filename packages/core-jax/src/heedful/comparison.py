@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from heedful.problem import Array
+from heedful.call.arrays import Array
 
 
 def value_and_grad_difference(

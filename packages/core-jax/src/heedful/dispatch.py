@@ -17,7 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from heedful import numpy_bridge, torch_checkpoint
-from heedful.problem import Array, Operands, Problem
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.results import checked_run
 
 BACKENDS = "heedful.backends"
@@ -32,6 +34,11 @@ SEARCH = {"jax": ("jax",), "numpy": ("jax", "numpy"), "torch": ("torch", "jax")}
 @runtime_checkable
 class Backend(Protocol):
     """One way to compute attention.
+
+    It is closed by default: whatever of `problem.features` it does not name in `takes`, a collection of
+    them, the dispatcher refuses for it, an option that is added after it was written too. `reasons` adds
+    what is finer. Where there is more to say than that a feature is not taken, `lacks`, an optional
+    mapping, says it by the feature's name.
 
     Three more attributes are optional: `automatic`, its rank in the automatic choice within its
     framework, lower first (without it, it is taken by name alone); `deterministic`, True where it
@@ -48,7 +55,7 @@ class Backend(Protocol):
     name: str
 
     def reasons(self, problem: Problem) -> Sequence[str]:
-        """Everything that keeps this backend from computing the problem; empty where it can."""
+        """All but features that keeps this backend from the problem; empty where nothing does."""
         ...
 
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:
@@ -574,16 +581,30 @@ def reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
 
 
 def _own_reasons(backend: Backend, problem: Problem) -> tuple[str, ...]:
-    """What the backend itself says; where it fails to say, that is a reason."""
+    """What it does not take and what else it says; where it fails to say, that is a reason."""
+    part = "takes"
     try:
+        refused = [] if isinstance(backend, _Unusable) else _not_taken(backend, problem)
+        part = "reasons"
         own = backend.reasons(problem)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever a broken backend raises, the others must go on
-        return (f"its reasons fails: {in_a_line(error)}",)
+        return (f"its {part} fails: {in_a_line(error)}",)
     if not isinstance(own, list | tuple) or not all(isinstance(reason, str) for reason in own):
         return (f"it must give its reasons as a list of strings. Got {type(own).__name__}.",)
-    return tuple(own)
+    return (*refused, *own)
+
+
+def _not_taken(backend: Backend, problem: Problem) -> list[str]:
+    """A refusal for each feature that the backend does not take."""
+    lacks: Mapping[str, str] = getattr(backend, "lacks", {})
+    refused = []
+    for feature in sorted(problem.features.difference(getattr(backend, "takes", ()))):
+        words = lacks.get(feature, f"does not take {feature}")
+        sizes = problem.of_shapes.get(feature)
+        refused.append(f"{words}: {sizes}" if sizes else words)
+    return refused
 
 
 def _verdict(backend: Backend, problem: Problem) -> Verdict:

@@ -5,46 +5,44 @@ is, and where q is whole, as k and v are. So it is given once, for the whole cal
 the axes are automatic: no backend needs to know of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
-from heedful.problem import Array, Problem
+from heedful.call import Call
+from heedful.call.arrays import Array
+from heedful.call.form import Form
 
 
-def spread_like_its_arrays(
-    call: Callable[[dict[str, Array]], Any], problem: Problem, arrays: dict[str, Array]
-) -> Any:
-    """`call(arrays)`, with out and lse spread as the arrays are that they come from.
+def spread_like_its_arrays(compute: Callable[[Mapping[str, Array]], Any], call: Call) -> Any:
+    """`compute(call.arrays)`, with out and lse spread as the arrays are that they come from.
 
     Args:
-        call: (arrays) → out, or (out, lse), in the caller's rank and layout.
-        problem: that of the call.
-        arrays: every array of the call by name, of any framework, in the caller's form.
+        compute: (arrays by name, in the caller's form) → out, or (out, lse), in that form too.
+        call: whose arrays they are.
     """
+    arrays = call.arrays
     types = {name: jax.typeof(x) for name, x in arrays.items() if isinstance(x, jax.Array)}
     meshes = (x.sharding.mesh for x in types.values())
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
-        return call(arrays)
-    of_out, of_lse = _specs(problem, [tuple(types[name].sharding.spec) for name in "qkv"])
-    result = (of_out, of_lse) if problem.return_lse else of_out
+        return compute(arrays)
+    of_out, of_lse = _specs(call.form, [tuple(types[name].sharding.spec) for name in "qkv"])
+    result = (of_out, of_lse) if call.problem.return_lse else of_out
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         result,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
-    return auto_axes(call, out_sharding=shardings)(arrays)
+    return auto_axes(compute, out_sharding=shardings)(arrays)
 
 
-def _specs(
-    problem: Problem, specs: Sequence[tuple[Any, ...]]
-) -> tuple[PartitionSpec, PartitionSpec]:
+def _specs(form: Form, specs: Sequence[tuple[Any, ...]]) -> tuple[PartitionSpec, PartitionSpec]:
     """How out and lse are spread, for q, k and v that are spread so."""
     q, *others = specs
-    queries = problem.rank - (3 if problem.layout == "bshd" and problem.rank > 2 else 2)
+    queries = form.rank - (3 if form.heads_last else 2)
     taken = {name for axes in q[:-1] for name in _names(axes)}
     out = list(q[:-1])
     for other in others:
@@ -54,7 +52,7 @@ def _specs(
                 out[axis] = axes
                 taken.update(_names(axes))
     lse = list(out)
-    if problem.layout == "bshd" and problem.rank > 2:
+    if form.heads_last:
         lse[-2:] = reversed(lse[-2:])
     return PartitionSpec(*out, None), PartitionSpec(*lse)
 

@@ -18,8 +18,10 @@ import jax
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.compiled import compiled
-from heedful.problem import Array, Operands, Problem
 from heedful.results import checked_gradients, checked_run
 
 if TYPE_CHECKING:

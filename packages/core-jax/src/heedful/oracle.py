@@ -16,7 +16,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heedful.problem import Array, Operands, Problem
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
+
+FEATURES = frozenset(
+    {
+        "mask",
+        "bias",
+        "causal",
+        "window",
+        "q_offset",
+        "q_lengths",
+        "kv_lengths",
+        "scale",
+        "softcap",
+        "return_lse",
+        "grouped_heads",
+        "value_dim",
+    }
+)
 
 SCORES_AT_ONCE = 2**19  # 4 MiB in float64, and ten or so such matrices are alive at a time
 

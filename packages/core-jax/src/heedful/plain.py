@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from heedful.problem import Operands, Problem
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.softcap import tanh
 from heedful.visibility import visible
 

@@ -12,62 +12,71 @@ broadcast itself.
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from heedful.problem import Array, Options, broadcast_to, framework_of
+from heedful import dispatch
+from heedful.call.arrays import Array, broadcast_to, framework_of
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 
-Call = tuple[Array, Array, Options]  # k, v and the options
+Asked = tuple[Problem, Operands]
 
 
-def scores_once(k: Array, v: Array, options: Options) -> Call | None:
-    """An equal call whose mask and bias repeat nothing; None where they do not.
+def once(backend: dispatch.Backend, problem: Problem, operands: Operands) -> Asked:
+    """The same call with nothing in it that repeats, as far as the backend takes it so."""
+    for repeats_less in (_scores_once, _heads_once):
+        changed = repeats_less(problem, operands)
+        if changed is not None and not dispatch.reasons(
+            backend, changed[0]
+        ):  # of grouped heads, say
+            problem, operands = changed
+    return problem, operands
 
-    This call must have been checked: an axis of a wrong size would be a right one of 1.
-    """
-    slim: dict[str, Any] = {}
+
+def _scores_once(problem: Problem, operands: Operands) -> Asked | None:
+    """An equal call whose mask and bias repeat nothing; None where they do not."""
+    slim: dict[str, Array] = {}
+    shapes: dict[str, Any] = {}
     for name in ("mask", "bias"):
-        x: Any = options.get(name)
-        if x is None or framework_of(x) is None or _is_differentiated(x):
-            continue
-        # The last axis of rank 2 may be the keys of (B, Sk): of 1, it would be read as (Sq, 1).
-        rank = len(x.shape)
-        axes = tuple(axis for axis in range(-rank, 0 if rank > 2 else -1) if _repeats(x, axis))
-        if axes:
-            slim[name] = _once(x, axes)
+        x = getattr(operands, name)
+        if x is not None and not _is_differentiated(x) and (axes := _repeated(x)):
+            slim[name] = _first(x, axes)
+            shapes[f"{name}_shape"] = tuple(slim[name].shape)
     if not slim:
         return None
-    return k, v, {**options, **slim}  # type: ignore[typeddict-item]  # the same names, other arrays
+    return replace(problem, **shapes), operands._replace(**slim)
 
 
-def heads_once(k: Array, v: Array, options: Options) -> Call | None:
+def _heads_once(problem: Problem, operands: Operands) -> Asked | None:
     """An equal call of one key head, where all heads of k and v are views of one; None where not."""
-    heads = -2 if options.get("layout") == "bshd" else -3
-    if len(k.shape) < 3 or not all(_repeats(x, heads) for x in (k, v)):
+    pair = operands.k, operands.v
+    if any(1 not in _repeated(x) or _is_differentiated(x) for x in pair):
         return None
-    if _is_differentiated(k) or _is_differentiated(v):
-        return None
-    return _once(k, (heads,)), _once(v, (heads,)), options
+    k, v = (_first(x, (1,)) for x in pair)
+    return replace(problem, kv_heads=1), operands._replace(k=k, v=v)
 
 
 def of_each_once(function: Callable[[Array], Array], x: Array) -> Array:
     """A function of each number by itself, which repeats what x repeats."""
-    axes = tuple(axis for axis in range(-len(x.shape), 0) if _repeats(x, axis))
-    return broadcast_to(function(_once(x, axes)), x.shape) if axes else function(x)
+    axes = _repeated(x)
+    return broadcast_to(function(_first(x, axes)), x.shape) if axes else function(x)
 
 
-def _repeats(x: Array, axis: int) -> bool:
-    strides: Any = ()
+def _repeated(x: Array) -> tuple[int, ...]:
+    """The axes along which it says the same again and again."""
     match framework_of(x):
         case "numpy":
             strides = x.strides
         case "torch" if str(x.layout) == "torch.strided":
             strides = x.stride()
-    return bool(strides) and strides[axis] == 0 and x.shape[axis] > 1
+        case _:
+            return ()
+    return tuple(n for n, stride in enumerate(strides) if stride == 0 and x.shape[n] > 1)
 
 
-def _once(x: Array, axes: tuple[int, ...]) -> Array:
-    rank = len(x.shape)
-    return x[tuple(slice(1) if axis - rank in axes else slice(None) for axis in range(rank))]
+def _first(x: Array, axes: tuple[int, ...]) -> Array:
+    return x[tuple(slice(1) if n in axes else slice(None) for n in range(len(x.shape)))]
 
 
 def _is_differentiated(x: Array) -> bool:

@@ -6,10 +6,11 @@ broadcast or cast on its way out, and reach the caller as somebody else's error,
 
 from typing import Any
 
-import jax
 import numpy as np
 
-from heedful.problem import Array, Operands, Problem, dtype_of, framework_of, shape_of
+from heedful.call.arrays import Array, dtype_of, framework_of, place_of, shape_of
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 
 
 class WrongResult(TypeError):
@@ -118,7 +119,7 @@ def _check(
         got = type(x).__name__ if kind is None else f"an array of {kind}"
     elif (dtype_of(x), shape_of(x)) != (dtype, tuple(shape)):
         got = f"{dtype_of(x)} {shape_of(x)}"
-    elif (place := _place(x)) != (there := _place(beside)) and None not in (place, there):
+    elif (place := place_of(x)) != (there := place_of(beside)) and None not in (place, there):
         got = f"one on {place}, and q lies on {there}"
     else:
         return
@@ -128,13 +129,3 @@ def _check(
         backend.name,
         tensor,
     )
-
-
-def _place(x: Array) -> str | None:
-    """The device, as text to compare; None where there is none, or where JAX is free to move it."""
-    match framework_of(x):
-        case "torch":
-            return str(x.device)
-        case "jax" if not isinstance(x, jax.core.Tracer) and getattr(x, "committed", False):
-            return ", ".join(sorted(str(device) for device in x.devices()))
-    return None

@@ -8,7 +8,12 @@ import operator
 from functools import reduce
 from typing import Any
 
-from heedful.problem import Array, Operands, Problem
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
+
+# The features that this is about: who asks here takes them all.
+FEATURES = frozenset({"mask", "causal", "window", "q_offset", "q_lengths", "kv_lengths"})
 
 
 def _column(per_batch: Array) -> Array:

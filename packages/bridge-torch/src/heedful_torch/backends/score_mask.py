@@ -24,7 +24,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from heedful.problem import Operands, Problem
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.visibility import visible
 
 

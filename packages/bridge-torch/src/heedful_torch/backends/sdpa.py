@@ -32,7 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heedful.problem import Operands, Problem
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
+from heedful.visibility import FEATURES
 from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.backends.score_mask import additive_shape, masking, score_mask, span
 from heedful_torch.function import FirstOrder, Function, no_forward_mode, outside_compilation
@@ -91,12 +93,13 @@ class Kernel:
 
 # What keeps a kernel from a problem
 
+TAKES = FEATURES | {"bias", "grouped_heads", "return_lse", "scale", "value_dim"}
+LACKS = {"softcap": "no kernel of SDPA has a softcap; jax:flash has"}
+
 
 def limits(kernel: Kernel, problem: Problem) -> list[str]:
-    """What keeps a kernel from a problem on any machine: scores, masks, head sizes."""
+    """What keeps a kernel from a problem on any machine, beside features: masks, head sizes."""
     reasons = []
-    if problem.softcap is not None:
-        reasons.append("no kernel of SDPA has a softcap; jax:flash has")
     if kernel.masks is None:
         hiding = masking(problem)
         if span(problem).hides != "nothing" and not kernel.flagged(problem):

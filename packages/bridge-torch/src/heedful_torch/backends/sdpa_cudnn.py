@@ -7,9 +7,18 @@ corruption (pytorch#193893, pytorch#196678). It has not been run on a GPU yet.
 import torch
 from torch import Tensor
 
-from heedful.problem import Operands, Problem
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful_torch.backends.score_mask import span
-from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits, score_bytes
+from heedful_torch.backends.sdpa import (
+    LACKS,
+    TAKES,
+    Kernel,
+    attend,
+    cuda_limits,
+    limits,
+    score_bytes,
+)
 
 aten = torch.ops.aten
 
@@ -59,6 +68,7 @@ class SdpaCudnn:
 
     name = "torch:sdpa-cudnn"
     automatic = None
+    takes, lacks = TAKES, LACKS
     deterministic = False
 
     def reasons(self, problem: Problem) -> list[str]:

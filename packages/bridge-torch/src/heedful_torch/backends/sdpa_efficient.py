@@ -7,9 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heedful.problem import Operands, Problem
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful_torch.backends.score_mask import masking, span
-from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits, score_bytes
+from heedful_torch.backends.sdpa import (
+    LACKS,
+    TAKES,
+    Kernel,
+    attend,
+    cuda_limits,
+    limits,
+    score_bytes,
+)
 
 aten = torch.ops.aten
 
@@ -106,6 +115,7 @@ class SdpaEfficient:
 
     name = "torch:sdpa-efficient"
     automatic = 1
+    takes, lacks = TAKES, LACKS
     deterministic = False
 
     def reasons(self, problem: Problem) -> list[str]:

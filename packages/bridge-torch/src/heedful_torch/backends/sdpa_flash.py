@@ -8,8 +8,17 @@ not say. It has not been run on a GPU yet.
 import torch
 from torch import Tensor
 
-from heedful.problem import Operands, Problem
-from heedful_torch.backends.sdpa import Kernel, attend, cuda_limits, limits, score_bytes
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
+from heedful_torch.backends.sdpa import (
+    LACKS,
+    TAKES,
+    Kernel,
+    attend,
+    cuda_limits,
+    limits,
+    score_bytes,
+)
 
 aten = torch.ops.aten
 
@@ -98,6 +107,7 @@ class SdpaFlash:
 
     name = "torch:sdpa-flash"
     automatic = 0
+    takes, lacks = TAKES, LACKS
 
     @property
     def deterministic(self) -> bool:

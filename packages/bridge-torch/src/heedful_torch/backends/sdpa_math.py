@@ -4,12 +4,14 @@ It computes float16 and bfloat16 in float32, and returns no LSE.
 """
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from heedful.problem import Operands, Problem
-from heedful_torch.backends.sdpa import Kernel, attend, limits, score_bytes
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
+from heedful_torch.backends.sdpa import LACKS, TAKES, Kernel, attend, limits, score_bytes
 from heedful_torch.outside_autocast import outside_autocast
 
 
@@ -44,12 +46,14 @@ class SdpaMath:
 
     name = "torch:sdpa-math"
     automatic = 3
+    takes = TAKES - {"return_lse"}
+    lacks = MappingProxyType(
+        {**LACKS, "return_lse": "this kernel returns no LSE; torch:sdpa-flash does"}
+    )
     deterministic = True
 
     def reasons(self, problem: Problem) -> list[str]:
         reasons = limits(KERNEL, problem)
-        if problem.return_lse:
-            reasons.append("this kernel returns no LSE; torch:sdpa-flash does")
         is_rounded = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
         rounded = is_rounded()  # type: ignore[no-untyped-call]  # torch's own
         if rounded and problem.dtype in ("float16", "bfloat16"):

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 import heedful
-from heedful import Problem, dispatch
+from heedful import dispatch
+from heedful.call import Call
 from heedful_torch.crosscheck.cases import Inputs
 from heedful_torch.crosscheck.question import Question
 from heedful_torch.crosscheck.yardstick import Tensors
@@ -85,7 +86,7 @@ def ask(
 
 def _check_accepted(backend: str, arrays: Named, options: Named) -> None:
     """Raises `Refused` where the backend gives reasons, and what it raises instead of giving them."""
-    problem = Problem.of(**arrays, **options)
+    problem = Call.of(**arrays, **options).problem
     instance = heedful.backends()[backend]
     canonical = problem.compiled if framework(backend) == "jax" else problem
     own = instance.reasons(
@@ -286,10 +287,10 @@ def _ask_numpy(
     instance = heedful.backends()[backend]
     if framework(backend) != "numpy" or not hasattr(instance, "gradients"):
         return list(results), {}
-    problem = Problem.of(**arrays, **options)
-    lse_cotangent = question.lse_cotangent * problem.return_lse
+    call = Call.of(**arrays, **options)
+    lse_cotangent = question.lse_cotangent * call.problem.return_lse
     *heads, dbias = instance.gradients(
-        problem, problem.canonical(**arrays, **options), question.out_cotangent, lse_cotangent
+        call.problem, call.operands, question.out_cotangent, lse_cotangent
     )
     gradients = {n: question.as_called(x) for n, x in zip("qkv", heads, strict=True)}
     if dbias is not None:

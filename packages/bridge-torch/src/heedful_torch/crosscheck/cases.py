@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from heedful import Problem  # by way of JAX, also teaches NumPy the name "bfloat16"
+from heedful.call import Call  # by way of JAX, also teaches NumPy the name "bfloat16"
 from heedful_torch.crosscheck import combinations
 from heedful_torch.crosscheck.combinations import Row
 
@@ -611,7 +611,7 @@ def _loaded_case(path: str | Path, name: str, group: str, arrays: Arrays) -> Cas
                 "crosscheck itself fills K and V that nobody sees with NaN."
             )
     try:
-        Problem.of(arrays["q"], arrays["k"], arrays["v"], mask=arrays.get("mask"))
+        Call.of(arrays["q"], arrays["k"], arrays["v"], mask=arrays.get("mask"))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: case {name}: {error}") from error
     return Case(name=name, group=group, make=lambda random: dict(arrays))

@@ -8,6 +8,7 @@ import numpy as np
 
 import heedful
 from heedful import Problem, oracle
+from heedful.call import Call
 from heedful_torch.crosscheck.cases import Case, Inputs
 
 # Measured: the oracle's and the yardsticks' tensors together, for each number of q, k, v and out; and
@@ -58,7 +59,7 @@ def estimate(case: Case, dtype: str, backends: Sequence[str], side_by_side: int)
     inputs = case.inputs(0, "float64")  # which holds its numbers, whatever the dtype does
     options = {n: _in_dtype(x, dtype) for n, x in inputs.options.items()}
     q, k, v = (_in_dtype(x, dtype) for x in (inputs.q, inputs.k, inputs.v))
-    problem = Problem.of(q, k, v, **options)
+    problem = Call.of(q, k, v, **options).problem
     found = {name: _built(name, problem) * DIFFERENTIATED for name in backends}
     return Memory(
         case.name,

@@ -1,7 +1,7 @@
 """One case in one dtype: what every backend is asked, and what is right.
 
-Between the caller's rank and layout and (B, H, S, D) it goes its own way, not by `Problem.canonical` and
-`Problem.restore`: a fault of theirs that undid itself on the way back would stay unseen.
+Between the caller's rank and layout and (B, H, S, D) it goes its own way, not by `Call.operands` and
+`Call.restore`: a fault of theirs that undid itself on the way back would stay unseen.
 """
 
 import math
@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from heedful import Operands, Problem, oracle
+from heedful.call import Call
 from heedful_torch.crosscheck.cases import Case, InputError, Inputs
 from heedful_torch.crosscheck.tolerance import Standard
 from heedful_torch.crosscheck.yardstick import Arithmetic, Tensors, attend, best, lossy
@@ -55,7 +56,7 @@ class Question:
             InputError: the case's numbers do not fit the dtype.
         """
         inputs = case.inputs(seed, dtype)
-        problem = Problem.of(inputs.q, inputs.k, inputs.v, **inputs.options, return_lse=True)
+        problem = Call.of(inputs.q, inputs.k, inputs.v, **inputs.options, return_lse=True).problem
         random = case.random(seed, "cotangents")
         rows = (problem.batch, problem.q_heads, problem.q_length)
         out_cotangent = random.standard_normal((*rows, problem.value_dim)).astype(dtype)

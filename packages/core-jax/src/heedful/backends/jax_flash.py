@@ -1,7 +1,10 @@
 """`jax:flash`: the flash core."""
 
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.flash import flash
-from heedful.problem import Array, Operands, Problem
+from heedful.visibility import FEATURES
 
 
 class FlashBackend:
@@ -10,6 +13,7 @@ class FlashBackend:
     name = "jax:flash"
     automatic = 0
     deterministic = True
+    takes = FEATURES | {"bias", "grouped_heads", "return_lse", "scale", "softcap", "value_dim"}
 
     def reasons(self, problem: Problem) -> tuple[str, ...]:
         return ()

@@ -12,10 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from heedful.problem import Array, Operands, Problem
-from heedful.visibility import visible
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
+from heedful.visibility import FEATURES, visible
 
 Kernel = Callable[[Array, Array, Array], Array]  # q, k, v → out, all (B, S, H, D)
+
+TAKES = FEATURES | {"bias", "grouped_heads", "scale"}
+LACKS = {
+    "softcap": "jax.nn.dot_product_attention has no softcap",
+    "return_lse": "jax.nn.dot_product_attention stops the gradient of its log-sum-exp "
+    "and rounds it to q's dtype",
+    "value_dim": "jax.nn.dot_product_attention takes no value head size of its own",
+}
 
 
 def kernel(implementation: str, problem: Problem, **options: Any) -> Kernel:
@@ -26,24 +36,6 @@ def kernel(implementation: str, problem: Problem, **options: Any) -> Kernel:
         scale=problem.scale,
         **options,
     )
-
-
-def limits(problem: Problem) -> list[str]:
-    """What `jax.nn.dot_product_attention` cannot express, whichever implementation computes it."""
-    reasons = []
-    if problem.softcap is not None:
-        reasons.append("jax.nn.dot_product_attention has no softcap")
-    if problem.return_lse:
-        reasons.append(
-            "jax.nn.dot_product_attention stops the gradient of its log-sum-exp "
-            "and rounds it to q's dtype"
-        )
-    if problem.value_dim != problem.head_dim:
-        reasons.append(
-            "jax.nn.dot_product_attention takes no value head size of its own: "
-            f"Dv = {problem.value_dim}, D = {problem.head_dim}"
-        )
-    return reasons
 
 
 def visibility(problem: Problem, operands: Operands) -> Array | None:

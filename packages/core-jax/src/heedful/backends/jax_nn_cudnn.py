@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from heedful.backends import jax_nn
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.compiled import compiled
-from heedful.problem import Array, Operands, Problem
 
 
 class CudnnBackend:
@@ -27,9 +29,10 @@ class CudnnBackend:
 
     name = "jax:nn-cudnn"
     automatic = None
+    takes, lacks = jax_nn.TAKES, jax_nn.LACKS
 
     def reasons(self, problem: Problem) -> list[str]:
-        reasons = jax_nn.limits(problem)
+        reasons = []
         if problem.dtype not in ("float16", "bfloat16"):
             reasons.append(f"cuDNN's attention takes float16 and bfloat16, not {problem.dtype}")
         if 0 in (problem.batch, problem.q_length, problem.kv_length):

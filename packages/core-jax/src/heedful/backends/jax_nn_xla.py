@@ -3,8 +3,10 @@
 import jax
 
 from heedful.backends import jax_nn
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.compiled import compiled
-from heedful.problem import Array, Operands, Problem
 
 
 class XlaBackend:
@@ -16,10 +18,11 @@ class XlaBackend:
 
     name = "jax:nn-xla"
     automatic = None
+    takes, lacks = jax_nn.TAKES, jax_nn.LACKS
     deterministic = True
 
     def reasons(self, problem: Problem) -> list[str]:
-        reasons = jax_nn.limits(problem)
+        reasons = []
         if problem.dtype == "float64":
             reasons.append("jax.nn.dot_product_attention computes every softmax in float32")
         promotion = jax.config.jax_numpy_dtype_promotion  # type: ignore[attr-defined]  # untyped

@@ -2,9 +2,12 @@
 
 import numpy as np
 
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.compiled import compiled
 from heedful.plain import plain
-from heedful.problem import Array, Operands, Problem
+from heedful.visibility import FEATURES
 
 
 class PlainBackend:
@@ -13,6 +16,7 @@ class PlainBackend:
     name = "jax:plain"
     automatic = 1
     deterministic = True
+    takes = FEATURES | {"bias", "grouped_heads", "return_lse", "scale", "softcap", "value_dim"}
 
     def reasons(self, problem: Problem) -> tuple[str, ...]:
         return ()

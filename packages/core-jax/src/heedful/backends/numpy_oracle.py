@@ -3,7 +3,9 @@
 import numpy as np
 
 from heedful import oracle
-from heedful.problem import Array, Operands, Problem
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 
 
 class OracleBackend:
@@ -12,6 +14,7 @@ class OracleBackend:
     name = "numpy:oracle"
     automatic = 0
     deterministic = True
+    takes = oracle.FEATURES
 
     def reasons(self, problem: Problem) -> tuple[str, ...]:
         return ()

@@ -28,13 +28,15 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.compiled import compiled
 from heedful.flash.cotangent import cotangent
 from heedful.flash.forward import Kept, forward
 from heedful.flash.partition import lowering, varying_alike
 from heedful.flash.tangent import tangent
 from heedful.flash.tiles import Tiles
-from heedful.problem import Array, Operands, Problem
 
 # Names for `jax.checkpoint` policies such as `save_only_these_names(*RESIDUALS)`: with all saved, the
 # backward pass does not run the forward pass again. For each query they take Dv + 2 numbers of the

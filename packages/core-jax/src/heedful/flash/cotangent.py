@@ -5,6 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.flash.forward import Kept
 from heedful.flash.scores import (
     add_tile,
@@ -35,7 +38,6 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
-from heedful.problem import Array, Operands, Problem
 
 
 def cotangent(

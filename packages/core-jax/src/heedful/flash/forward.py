@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.flash.scores import (
     clean,
     keys_of,
@@ -28,7 +31,6 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
-from heedful.problem import Array, Operands, Problem
 
 
 class Kept(NamedTuple):

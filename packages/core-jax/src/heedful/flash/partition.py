@@ -28,7 +28,8 @@ from jax.experimental.custom_partitioning import (
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from heedful.problem import Array, Problem
+from heedful.call.arrays import Array
+from heedful.call.problem import Problem
 
 Implementation = Callable[..., list[Array]]
 

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from heedful import softcap
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.flash.tiles import Tiles, count_up, cut, start
-from heedful.problem import Array, Operands, Problem
 from heedful.visibility import visible
 
 

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from heedful.problem import Array, Operands, Problem
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
 from heedful.visibility import q_offset
 
 # One tile of scores, all its heads counted, should stay in a CPU's cache. Measured on 8 heads of

@@ -1,16 +1,17 @@
 """The public functions."""
 
-from collections.abc import Sequence
-from typing import Any, Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Never
 
 import jax
 import numpy as np
 
 from heedful import dispatch, torch_compile
+from heedful.call import Call
+from heedful.call.arrays import Array, dtype_of, framework_of
 from heedful.dispatch import Explanation
 from heedful.explicit_mesh import spread_like_its_arrays
-from heedful.problem import Array, Options, Problem, dtype_of, framework_of
-from heedful.repeats import heads_once, of_each_once, scores_once
+from heedful.repeats import of_each_once, once
 
 
 def attention(
@@ -19,7 +20,18 @@ def attention(
     v: Array,
     *,
     backend: str | Sequence[str] | None = None,
-    **options: Unpack[Options],
+    mask: Array | None = None,
+    bias: Array | None = None,
+    causal: bool | Literal["top_left"] = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: int | Array | None = None,
+    q_lengths: Array | None = None,
+    kv_lengths: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    layout: Literal["bhsd", "bshd"] = "bhsd",
+    return_lse: bool = False,
+    **unknown: Never,
 ) -> Array | tuple[Array, Array]:
     """Attention on any array by any backend: softmax(scale · q kᵀ + bias) v over the keys seen.
 
@@ -55,6 +67,20 @@ def attention(
         TypeError, ValueError: the call breaks the contract; says what came and how to mend it.
         Refusal: no backend that was asked can honour the call; says every reason.
     """
+    options = {
+        "mask": mask,
+        "bias": bias,
+        "causal": causal,
+        "window": window,
+        "q_offset": q_offset,
+        "q_lengths": q_lengths,
+        "kv_lengths": kv_lengths,
+        "scale": scale,
+        "softcap": softcap,
+        "layout": layout,
+        "return_lse": return_lse,
+        **unknown,  # which the checks refuse by name
+    }
     _tell_torch_compile()
     # torch.compile would make a tensor of NumPy's array.
     attend = _attend if isinstance(q, np.ndarray) else _attend_in_graph
@@ -66,36 +92,21 @@ def _attend(
     k: Array,
     v: Array,
     backend: str | Sequence[str] | None,
-    options: Options,
+    options: dict[str, Any],
     _ambient: Any,  # on which torch.compile guards: a graph is for one of them
 ) -> Array | tuple[Array, Array]:
     if backend is None:
         dispatch.keep_for_recomputation()
         if any(isinstance(x, jax.core.Tracer) for x in (q, k, v)):
             dispatch.check_trace()
-    problem = Problem.of(q, k, v, **options)
-    chosen = dispatch.choose(problem, backend)
-    problem, k, v, options = _once(chosen, problem, q, k, v, options)
-    arrays = {name: x for name, x in options.items() if framework_of(x) is not None}
+    call = Call.of(q, k, v, **options)
+    chosen = dispatch.choose(call.problem, backend)
 
-    def call(arrays: dict[str, Any]) -> Array | tuple[Array, Array]:
-        operands = problem.canonical(**{**options, **arrays})
-        return problem.restore(*dispatch.run(chosen, problem, operands))
+    def compute(arrays: Mapping[str, Array]) -> Array | tuple[Array, Array]:
+        operands = call._replace(arrays=arrays).operands
+        return call.restore(*dispatch.run(chosen, *once(chosen, call.problem, operands)))
 
-    return spread_like_its_arrays(call, problem, {"q": q, "k": k, "v": v, **arrays})
-
-
-def _once(
-    chosen: dispatch.Backend, problem: Problem, q: Array, k: Array, v: Array, options: Options
-) -> tuple[Problem, Array, Array, Options]:
-    """The same call with nothing in it that repeats, as far as the backend takes it so."""
-    for repeats_less in (scores_once, heads_once):
-        changed = repeats_less(k, v, options)
-        if changed is not None:
-            found = Problem.of(q, changed[0], changed[1], **changed[2])
-            if not dispatch.reasons(chosen, found):  # of grouped heads, say
-                problem, (k, v, options) = found, changed
-    return problem, k, v, options
+    return spread_like_its_arrays(compute, call)
 
 
 _attend_in_graph = _attend
@@ -116,7 +127,7 @@ def explain(
     v: Array,
     *,
     backend: str | Sequence[str] | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Explanation:
     """Which backend `attention` would take for this call and why, and what every other one says.
 
@@ -127,9 +138,9 @@ def explain(
 
 
 def _explain(
-    q: Array, k: Array, v: Array, backend: str | Sequence[str] | None, options: Options
+    q: Array, k: Array, v: Array, backend: str | Sequence[str] | None, options: dict[str, Any]
 ) -> Explanation:
-    return dispatch.explain_choice(Problem.of(q, k, v, **options), backend)
+    return dispatch.explain_choice(Call.of(q, k, v, **options).problem, backend)
 
 
 def flash_attention(

@@ -1,0 +1,163 @@
+"""What an attention call asks for: the contract's home."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+
+from heedful.call.arrays import accumulator_of
+from heedful.call.operands import Operands
+from heedful.call.options import OPTIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What one attention call asks for: shapes, dtypes and options, no array data. Hashable.
+
+    Calls in other layouts and ranks that are the same attention are the same problem.
+
+    This docstring is the home of the contract. B batch, Hq and Hkv heads, Sq and Sk lengths, D head
+    size, Dv value head size; Hq is a multiple of Hkv, and query head h reads key head h // (Hq/Hkv).
+
+        s_ij  = scale · q_i · k_j                    scale defaults to D^-½
+        s_ij  = softcap · tanh(s_ij / softcap)       where softcap is given
+        s_ij  = s_ij + bias_ij                       after softcap
+        p_ij  = softmax over the keys j that query i sees
+        out_i = Σ_j p_ij v_j
+        lse_i = log Σ_j exp(s_ij)                    natural log, over the keys seen
+
+    Position: query i stands at p_i = i + q_offset. By default q_offset = kv_length − q_length: the
+    last query is aligned with the last key ("bottom-right"), per batch row where lengths are given.
+    `causal="top_left"` means q_offset = 0. An explicit q_offset wins over both; without causal or a
+    window it would change nothing, and is refused.
+
+    Visibility: query i sees key j when all of these say so:
+        causal                     j ≤ p_i
+        window=(left, right)       p_i − left ≤ j ≤ p_i + right, a side that is None is open
+        q_lengths, kv_lengths      i < q_lengths[b], j < kv_lengths[b]
+        mask                       True; broadcastable to (B, Hq, Sq, Sk), or, beside q of rank 4,
+                                   (B, Sk) for keys alone
+
+    Leading axes: q of rank 5 and more has several batch axes, and B is their product. Mask, bias,
+    lengths and q_offset broadcast over each of them by itself: beside q (B, N, H, S, D) a mask may be
+    (B, N, 1, 1, Sk), a bias (B, 1, H, Sq, Sk) and lengths (B, 1).
+
+    A query that sees no key gives out 0, lse −inf and no gradient, whatever stands in K and V. So does
+    one whose every visible key has a bias of −inf, if K and V are finite there.
+
+    Precision: products accumulate in float32 (float64 for float64); out has q's dtype, lse is float32
+    (float64) of shape (B, Hq, Sq) in either layout. out and lse are both differentiable in q, k, v
+    and bias.
+
+    Compilation: a problem is what JAX backends compile for. New values of arrays, lengths among them,
+    and of q_offset, a number or an array, never compile anew. A new scale, softcap or window does:
+    they are constants of a model rather than values of a call, the first two are folded into each
+    tile's arithmetic, and the window says which tiles there are. (On a GPU, a JAX call of a torch
+    backend compiles anew for a new number q_offset too: torch would have to wait for the value.)
+
+    Attributes:
+        framework: whose arrays the caller passed: "numpy", "jax" or "torch".
+        platform: where they lie: "cpu", "gpu" or "tpu" (under a JAX trace: JAX's default).
+        dtype: of q, k, v and out.
+        batch, q_heads, kv_heads, q_length, kv_length, head_dim, value_dim: B, Hq, Hkv, Sq, Sk, D, Dv.
+        scale, softcap: of the scores.
+        causal: whether j ≤ p_i is asked; which alignment is q_offset's business.
+        window: (left, right), or None.
+        q_offset: the offset where it is one number known beforehand; None where it comes from the
+            operand `q_offset` or from the lengths. 0 where neither causal nor window asks for it.
+        q_offset_given: whether the caller gave it; a number `compiled` makes an operand.
+        mask_shape, bias_shape: of the operands in canonical form, or None.
+        bias_dtype: of bias, or None.
+        q_lengths, kv_lengths: whether they are given.
+        return_lse: whether lse is asked for.
+    """
+
+    framework: str
+    platform: str
+    dtype: str
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_length: int
+    kv_length: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float | None = None
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    q_offset: int | None = 0
+    q_offset_given: bool = False
+    mask_shape: tuple[int, ...] | None = None
+    bias_shape: tuple[int, ...] | None = None
+    bias_dtype: str | None = None
+    q_lengths: bool = False
+    kv_lengths: bool = False
+    return_lse: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head: Hq / Hkv."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def score_count(self) -> int:
+        """How many scores there are, B · Hq · Sq · Sk: what materialised attention holds."""
+        return self.batch * self.q_heads * self.q_length * self.kv_length
+
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        """(left, right): p_i − left ≤ j ≤ p_i + right is what causal and window ask together."""
+        left, right = self.window or (None, None)
+        return left, 0 if self.causal else right
+
+    @property
+    def positional(self) -> bool:
+        """Whether the place of a query matters at all: causal or a window."""
+        return self.band != (None, None)
+
+    @property
+    def accumulator(self) -> str:
+        """The dtype that products accumulate in, which is also the dtype of lse."""
+        return accumulator_of(self.dtype)
+
+    @property
+    def of_shapes(self) -> dict[str, str]:
+        """What the shapes ask for beyond plain attention, and the sizes that ask for it."""
+        found = {}
+        if self.group != 1:
+            found["grouped_heads"] = f"{self.q_heads} query heads on {self.kv_heads} key heads"
+        if self.value_dim != self.head_dim:
+            found["value_dim"] = f"Dv = {self.value_dim}, D = {self.head_dim}"
+        return found
+
+    @cached_property
+    def features(self) -> frozenset[str]:
+        """All that is asked beyond plain attention: names of options, and what `of_shapes` names."""
+        asked = [option.name for option in OPTIONS if option.asked(self)]
+        return frozenset([*asked, *self.of_shapes])
+
+    @property
+    def compiled(self) -> Self:
+        """This problem as JAX compiles it: without the number that `as_operand` makes an operand."""
+        return replace(self, q_offset=None) if self.q_offset_given else self
+
+    def as_operand(self, operands: Operands) -> Operands:
+        """The operands of `compiled`: the caller's own q_offset is a value, and none compiles anew.
+
+        It is a NumPy array, which is a plain argument to JAX and on no device.
+        """
+        if not self.q_offset_given or self.q_offset is None:
+            return operands
+        return operands._replace(q_offset=np.array([self.q_offset], np.int32))
+
+    def as_number(self, operands: Operands) -> tuple[Self, Operands]:
+        """Undoes `compiled` and `as_operand`, for a backend that reads values and compiles nothing.
+
+        It waits for the operand, so that should lie in the host's memory.
+        """
+        if operands.q_offset is None or operands.q_offset.shape != (1,):
+            return self, operands
+        number = int(operands.q_offset[0])
+        return replace(self, q_offset=number), operands._replace(q_offset=None)
