@@ -150,10 +150,10 @@ def test_a_graph_is_for_one_choice_of_backend(compiler, monkeypatch):
             compiled(q)
         torch._dynamo.reset()
         monkeypatch.setenv("HEEDFUL_BACKEND", "torch:sevens")
-        monkeypatch.setattr(heedful.dispatch, "_environment", "torch:sevens")
+        monkeypatch.setattr(heedful.dispatch.ambient, "_environment", "torch:sevens")
         assert (compiled(q) == 7).all()
         monkeypatch.delenv("HEEDFUL_BACKEND")
-        monkeypatch.setattr(heedful.dispatch, "_environment", None)
+        monkeypatch.setattr(heedful.dispatch.ambient, "_environment", None)
         assert not (compiled(q) == 7).any()
     finally:
         heedful.unregister("torch:sevens")

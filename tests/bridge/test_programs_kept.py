@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import heedful
-from heedful import numpy_bridge
+from heedful.bridges import numpy as numpy_bridge
 from heedful.flash import autodiff
 from heedful_torch import autograd
 

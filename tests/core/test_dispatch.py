@@ -46,7 +46,7 @@ class Fake:
 @pytest.fixture(autouse=True)
 def nobody_asks(monkeypatch):
     monkeypatch.delenv("HEEDFUL_BACKEND", raising=False)
-    monkeypatch.setattr(dispatch, "_environment", None)
+    monkeypatch.setattr(dispatch.ambient, "_environment", None)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def environment(monkeypatch):
 
     def environment(text):
         monkeypatch.setenv("HEEDFUL_BACKEND", text)
-        monkeypatch.setattr(dispatch, "_environment", text)
+        monkeypatch.setattr(dispatch.ambient, "_environment", text)
 
     return environment
 
@@ -731,12 +731,12 @@ def install(monkeypatch, tmp_path):
         (info / "entry_points.txt").write_text("\n".join(["[heedful.backends]", *lines]))
         monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.setattr(dispatch, "_loaded", {})
-        dispatch._entry_points.cache_clear()
+        monkeypatch.setattr(dispatch.registry, "_loaded", {})
+        dispatch.registry._entry_points.cache_clear()
 
     yield install
     monkeypatch.undo()
-    dispatch._entry_points.cache_clear()
+    dispatch.registry._entry_points.cache_clear()
 
 
 PACKAGE = """

@@ -16,8 +16,8 @@ import pytest
 from heedful import dispatch, oracle
 from heedful.backends.jax_plain import backend as jax_plain
 from heedful.backends.numpy_oracle import backend as numpy_oracle
+from heedful.bridges.numpy import bridge
 from heedful.call import Call
-from heedful.numpy_bridge import bridge
 from heedful.oracle import FEATURES
 
 ASKED = {"causal": True, "return_lse": True}
@@ -327,7 +327,7 @@ import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, jax.numpy as jnp
 from heedful.backends.numpy_oracle import backend
-from heedful.numpy_bridge import bridge
+from heedful.bridges.numpy import bridge
 from heedful.call import Call
 
 def value(q):

@@ -9,7 +9,7 @@ import numpy as np
 from heedful import dispatch, torch_compile
 from heedful.call import Call
 from heedful.call.arrays import Array, dtype_of, framework_of
-from heedful.dispatch import Explanation
+from heedful.dispatch import Explanation, ambient
 from heedful.explicit_mesh import spread_like_its_arrays
 from heedful.repeats import of_each_once, once
 
@@ -84,7 +84,7 @@ def attention(
     _tell_torch_compile()
     # torch.compile would make a tensor of NumPy's array.
     attend = _attend if isinstance(q, np.ndarray) else _attend_in_graph
-    return attend(q, k, v, backend, options, dispatch.ambient())
+    return attend(q, k, v, backend, options, ambient.asked())
 
 
 def _attend(
@@ -96,9 +96,9 @@ def _attend(
     _ambient: Any,  # on which torch.compile guards: a graph is for one of them
 ) -> Array | tuple[Array, Array]:
     if backend is None:
-        dispatch.keep_for_recomputation()
+        ambient.keep_for_recomputation()
         if any(isinstance(x, jax.core.Tracer) for x in (q, k, v)):
-            dispatch.check_trace()
+            ambient.check_trace()
     call = Call.of(q, k, v, **options)
     chosen = dispatch.choose(call.problem, backend)
 

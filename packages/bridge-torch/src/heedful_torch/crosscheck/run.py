@@ -17,7 +17,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no types
 
 import heedful
-from heedful.dispatch import in_a_line
+from heedful.dispatch.registry import in_a_line
 from heedful.results import WrongResult
 from heedful_torch.crosscheck.ask import Refused, ask, ask_second, framework
 from heedful_torch.crosscheck.cases import Case, InputError

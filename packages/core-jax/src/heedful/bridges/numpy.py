@@ -12,7 +12,7 @@ holding one: on a single core it hangs from about a million elements on (as in j
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,10 +22,8 @@ from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.compiled import compiled
+from heedful.dispatch.backend import Backend
 from heedful.results import checked_gradients, checked_run
-
-if TYPE_CHECKING:
-    from heedful.dispatch import Backend  # which imports this file
 
 
 class NumpyBridge:
@@ -42,7 +40,7 @@ class NumpyBridge:
         return ()
 
     def run(
-        self, backend: "Backend", problem: Problem, operands: Operands
+        self, backend: Backend, problem: Problem, operands: Operands
     ) -> tuple[Array, Array | None]:
         if problem.framework == "numpy":
             return _run_in_jax(backend, problem, operands)
@@ -63,7 +61,7 @@ def _cpu() -> jax.Device | None:
 
 
 def _run_in_jax(
-    backend: "Backend", problem: Problem, operands: Operands
+    backend: Backend, problem: Problem, operands: Operands
 ) -> tuple[np.ndarray, np.ndarray | None]:
     # Inside somebody's jit, NumPy arrays are constants: they are computed with at once, not traced.
     # Elsewhere that would compile each constant of the backend by itself.
@@ -86,7 +84,7 @@ _run_compiled = compiled(static=2)(checked_run)
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 @compiled(static=2)
 def _run_in_numpy(
-    backend: "Backend", problem: Problem, operands: Operands
+    backend: Backend, problem: Problem, operands: Operands
 ) -> tuple[jax.Array, jax.Array | None]:
     def run(operands: Operands) -> tuple[np.ndarray, np.ndarray | None]:
         return checked_run(backend, problem, operands)
@@ -98,7 +96,7 @@ def _run_in_numpy(
 
 
 def _run_and_remember(
-    backend: "Backend", problem: Problem, operands: Operands
+    backend: Backend, problem: Problem, operands: Operands
 ) -> tuple[tuple[jax.Array, jax.Array | None], Operands]:
     if not hasattr(backend, "gradients"):
         raise NotImplementedError(

@@ -1,0 +1,31 @@
+"""From a problem to whoever computes it.
+
+backend.py    what a backend, a bridge and a refusal are
+registry.py   which of them there are
+ambient.py    which are asked for around a call
+choice.py     what each says, who is chosen, and the run
+explain.py    the same in words
+"""
+
+from heedful.dispatch.ambient import use_backend
+from heedful.dispatch.backend import Backend, Bridge, Gradients, Refusal
+from heedful.dispatch.choice import Verdict, choose, reasons, run
+from heedful.dispatch.explain import Explanation, explain_choice
+from heedful.dispatch.registry import backends, register, unregister
+
+__all__ = [
+    "Backend",
+    "Bridge",
+    "Explanation",
+    "Gradients",
+    "Refusal",
+    "Verdict",
+    "backends",
+    "choose",
+    "explain_choice",
+    "reasons",
+    "register",
+    "run",
+    "unregister",
+    "use_backend",
+]
