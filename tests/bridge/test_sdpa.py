@@ -19,7 +19,7 @@ from contract import CASES
 from heedful import dispatch
 from heedful.call import Call
 from heedful_torch.backends import row_sums, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
-from heedful_torch.backends.score_mask import additive_shape, score_mask, span
+from heedful_torch.backends.score_mask import additive_shape, score_mask, span_of
 
 BACKENDS = {
     "torch:sdpa-math": sdpa_math.backend,
@@ -194,7 +194,7 @@ def test_a_window_at_decoding_touches_the_window_alone():
 )
 def test_span(lengths, options, expected):
     q, k, v = qkv(Sq=lengths[0], Sk=lengths[1])
-    assert tuple(span(Call.of(q, k, v, **options).problem)) == expected
+    assert tuple(span_of(Call.of(q, k, v, **options).problem)) == expected
 
 
 # The log-sum-exp's gradient
@@ -587,7 +587,7 @@ def test_the_mask_is_as_large_as_it_is_said_to_be(case):
     if "bias" in options:
         options["bias"] = expanded(*options["bias"].shape)
     problem = Call.of(q, k, v, **options).problem
-    place = span(problem)
+    place = span_of(problem)
     made = score_mask(problem, Call.of(q, k, v, **options).operands, place, torch.float32)
     if place.columns and place.rows:
         assert made.additive.shape == additive_shape(problem, place)

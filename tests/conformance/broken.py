@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from heedful import oracle
 from heedful.oracle import FEATURES
 from heedful.plain import plain
-from heedful.visibility import visible
+from heedful.rules.place import Place
+from heedful.rules.visibility import visible
 from heedful_torch.crosscheck import Case
 
 EVERYTHING = {"out", "lse", "dq", "dk", "dv"}
@@ -143,7 +144,7 @@ def _scores(problem, operands):
     """The scores before softcap and bias, and which are seen, (B, Hq, Sq, Sk), float32."""
     q, k = (x.astype(jnp.float32) for x in operands[:2])
     k = jnp.repeat(k, problem.group, 1)
-    seen = visible(problem, operands, jnp.arange(problem.q_length), jnp.arange(problem.kv_length))
+    seen = visible(problem, operands, Place.whole(problem, jnp.arange))
     scores = problem.scale * jnp.einsum("bhid,bhjd->bhij", q, k)
     return scores, jnp.broadcast_to(True if seen is None else seen, scores.shape)
 

@@ -19,6 +19,7 @@ from heedful.call import Call
 from heedful.flash import flash
 from heedful.flash.autodiff import RESIDUALS
 from heedful.flash.forward import forward
+from heedful.flash.scores import numbered
 from heedful.flash.tiles import TILE_BYTES, Tiles, keys_seen, queries_seen, start, tile_sizes
 from heedful.plain import plain
 from reference import without_idle_offset
@@ -505,8 +506,29 @@ def test_memory_is_linear_in_the_length(function):
 def test_grouped_keys_are_not_repeated():
     q, k = jnp.zeros((1, 8, 640, 16)), jnp.zeros((1, 2, 640, 16))
     problem = Call.of(q, k, k).problem
-    text = str(jax.make_jaxpr(partial(forward, problem))(Call.of(q, k, k).operands))
+    text = str(
+        jax.make_jaxpr(partial(forward, problem))(numbered(problem, Call.of(q, k, k).operands))
+    )
     assert "f64[1,2,640,16]" in text  # K and V as they came
     tile = tile_sizes(problem)
     assert f"f64[1,8,{tile.keys},16]" not in text
     assert f"f64[1,2,4,{tile.keys},16]" not in text
+
+
+def by_number(problem, operands, place):
+    """A rule that asks where a tile stands along every axis."""
+    b, h = place.batch[:, None, None, None], place.heads[None, :, None, None]
+    return (3 * b + 5 * h + place.i + place.j) % 4 != 0
+
+
+@pytest.mark.parametrize("tiles", [Tiles(1, 1, 16, 32), Tiles(2, 2, 16, 32)])
+def test_a_tile_knows_its_batch_rows_heads_queries_and_keys(monkeypatch, tiles):
+    """Under vmap, whose axis becomes part of the batch, each member counts its rows from 0."""
+    monkeypatch.setattr("heedful.flash.scores.visible", by_number)
+    monkeypatch.setattr("heedful.plain.visible", by_number)
+    monkeypatch.setattr("heedful.rules.visibility.hiding", lambda problem: {"by_number": ()})
+    problem, operands, _, _ = ask()
+    ours, whole = partial(flash, problem, tiles=tiles), partial(plain, problem)
+    assert_close(ours(operands), whole(operands))
+    members = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x], axis=1), operands)
+    assert_close(jax.vmap(ours, in_axes=1)(members), jax.vmap(whole, in_axes=1)(members))

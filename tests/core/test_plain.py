@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from heedful import oracle, softcap
+from heedful import oracle
 from heedful.call import Call
 from heedful.plain import plain
+from heedful.rules import scores as softcap
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heedful.call import Call
-from heedful.visibility import q_offset, visible
+from heedful.rules.place import Place
+from heedful.rules.visibility import q_offset, visible
 from reference import without_idle_offset
 
 B, HQ, SQ, SK = 2, 2, 5, 7
@@ -47,9 +48,10 @@ def ask(xp, options, rows=slice(0, SQ), columns=slice(0, SK)):
     if mask is not None:
         mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
         mask = mask if mask.shape[3] == 1 else mask[:, :, :, columns]
-    i, j = xp.arange(SQ)[rows], xp.arange(SK)[columns]
-    answer = visible(problem, operands._replace(mask=mask), i, j)
-    tile = (B, HQ, len(i), len(j))
+    place = Place.whole(problem, xp.arange)
+    place = place._replace(rows=place.rows[rows], columns=place.columns[columns])
+    answer = visible(problem, operands._replace(mask=mask), place)
+    tile = (B, HQ, len(place.rows), len(place.columns))
     return np.broadcast_to(True if answer is None else np.asarray(answer), tile)
 
 
@@ -70,7 +72,7 @@ def answer_to(**options):
     q, k = np.zeros((B, HQ, SQ, 3)), np.zeros((B, 1, SK, 3))
     call = Call.of(q, k, k, **options)
     problem, operands = call.problem, call.operands
-    return problem, operands, visible(problem, operands, np.arange(SQ), np.arange(SK))
+    return problem, operands, visible(problem, operands, Place.whole(problem, np.arange))
 
 
 def test_nothing_hidden_is_none():

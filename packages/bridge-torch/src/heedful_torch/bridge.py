@@ -72,18 +72,18 @@ class TorchBridge:
             problem.framework == "jax" and problem.platform == "cpu"
         ):  # on a GPU, reading it would wait
             problem, operands = problem.compiled, problem.as_operand(operands)
-        there = {name: x for name, x in operands._asdict().items() if x is not None}
-        call = _Call(backend, problem, tuple(there))
+        given = operands.given
+        call = _Call(backend, problem, tuple(given))
         results: tuple[Array, ...]
         match problem.framework, backend.name.partition(":")[0]:
             case "torch", "jax":
-                results = _torch_on_jax(call, there)
+                results = _torch_on_jax(call, given)
             case "jax", "torch":
-                results = _jax_on_torch(call, there)
+                results = _jax_on_torch(call, given)
             case "torch", "numpy":
-                results = _torch_on_numpy(call, there)
+                results = _torch_on_numpy(call, given)
             case "numpy", "torch":
-                results = _numpy_on_torch(call, there)
+                results = _numpy_on_torch(call, given)
             case caller, framework:
                 raise LookupError(f"this bridge does not lead from {caller} to {framework}")
         out, *lse = results
@@ -138,30 +138,30 @@ class _Call:
 # torch and JAX
 
 
-def _torch_on_jax(call: _Call, there: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    place = there["q"].device  # a q_offset that was a number is NumPy's
+def _torch_on_jax(call: _Call, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    place = given["q"].device  # a q_offset that was a number is NumPy's
     tensors = (
-        torch.tensor(x, device=place) if isinstance(x, np.ndarray) else x for x in there.values()
+        torch.tensor(x, device=place) if isinstance(x, np.ndarray) else x for x in given.values()
     )
     return jax_in_torch(call, copy=None)(*tensors)
 
 
-def _jax_on_torch(call: _Call, there: Mapping[str, Array]) -> tuple[jax.Array, ...]:
+def _jax_on_torch(call: _Call, given: Mapping[str, Array]) -> tuple[jax.Array, ...]:
     # a mask or a length may be NumPy's: to JAX it is a constant
-    return torch_in_jax(call, call.result_shapes())(*map(jnp.asarray, there.values()))
+    return torch_in_jax(call, call.result_shapes())(*map(jnp.asarray, given.values()))
 
 
 # torch and NumPy, which share the host's memory
 
 
-def _torch_on_numpy(call: _Call, there: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _torch_on_numpy(call: _Call, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     refuse_recording(call)
-    return _NumpyInTorch.apply(call, *there.values())
+    return _NumpyInTorch.apply(call, *given.values())
 
 
-def _numpy_on_torch(call: _Call, there: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+def _numpy_on_torch(call: _Call, given: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     with torch.no_grad():
-        results = call(*map(_to_tensor, there.values()))
+        results = call(*map(_to_tensor, given.values()))
     return tuple(np.array(_to_numpy(result)) for result in results)
 
 
@@ -207,22 +207,16 @@ class _NumpyPullBack(FirstOrder):
                 f"{backend.name} cannot be differentiated in torch: a NumPy backend needs a method "
                 "`gradients` for that (heedful.dispatch.Gradients). Choose another backend."
             )
-        primals = dict(zip(call.names, tensors[count:], strict=True))
         if any(map(has_no_data, tensors)):
-            found = tuple(
-                None if name not in primals else primals[name].new_empty(primals[name].shape)
-                for name in ("q", "k", "v", "bias")
-            )
+            primals = call.operands(tensors[count:]).differentiable
+            gradients = {name: x.new_empty(x.shape) for name, x in primals.items()}
         else:
             dout, *dlse = map(_to_numpy, tensors[:count])
             if not dlse:
                 dlse = [np.zeros(dout.shape[:3], problem.accumulator)]
             operands = call.operands(tuple(map(_to_numpy, tensors[count:])))
-            found = tuple(
-                None if x is None else _to_tensor(np.array(x))
-                for x in checked_gradients(backend, problem, operands, dout, *dlse)
-            )
-        gradients = dict(zip(("q", "k", "v", "bias"), found, strict=True))
+            found = checked_gradients(backend, problem, operands, dout, *dlse)
+            gradients = {n: _to_tensor(np.array(x)) for n, x in found.differentiable.items()}
         return tuple(gradients.get(name) for name in call.names)
 
     @staticmethod

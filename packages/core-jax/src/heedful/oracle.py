@@ -64,7 +64,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[np.ndarray, np.ndarra
 @_silently
 def gradients(
     problem: Problem, operands: Operands, out_cotangent: Array, lse_cotangent: Array
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+) -> Operands:
     """The gradients of Σ out ∘ out_cotangent + Σ lse ∘ lse_cotangent.
 
     Args:
@@ -74,23 +74,22 @@ def gradients(
         lse_cotangent: (B, Hq, Sq), floating.
 
     Returns:
-        dq, dk, dv and dbias, float64, shaped like q, k, v and bias; dbias is None where bias is.
+        those of q, k, v, and of bias where there is one, float64, each of its operand's shape.
     """
     dout, dlse = (np.asarray(x).astype(np.float64) for x in (out_cotangent, lse_cotangent))
-    dq, dk, dv = (np.zeros(x.shape) for x in operands[:3])
-    dbias = None if operands.bias is None else np.zeros(operands.bias.shape)
+    found = Operands(**{name: np.zeros(x.shape) for name, x in operands.differentiable.items()})
 
     for part in parts(problem, operands, np.float64):
         weights, _, slope = _softmax(problem, part)
-        dv[part.keys] += _sum_over_seen(weights.T, part.seen.T, dout[part.queries])
+        found.v[part.keys] += _sum_over_seen(weights.T, part.seen.T, dout[part.queries])
         dweights = np.where(part.seen, dout[part.queries] @ part.v.T, 0)
         dscores = _softmax_gradient(part.seen, weights, dweights, dlse[part.queries])
-        if dbias is not None:
-            add_over_broadcast(dbias, part, dscores)
+        if found.bias is not None:
+            add_over_broadcast(found.bias, part, dscores)
         dproduct = np.where(part.seen, problem.scale * slope * dscores, 0)
-        dq[part.queries] = _sum_over_seen(dproduct, part.seen, part.k)
-        dk[part.keys] += _sum_over_seen(dproduct.T, part.seen.T, part.q)
-    return dq, dk, dv, dbias
+        found.q[part.queries] = _sum_over_seen(dproduct, part.seen, part.k)
+        found.k[part.keys] += _sum_over_seen(dproduct.T, part.seen.T, part.q)
+    return found
 
 
 # The algebra, on matrices
@@ -190,7 +189,7 @@ def parts(problem: Problem, operands: Operands, dtype: np.typing.DTypeLike) -> I
 def sees(problem: Problem, operands: Operands, queries: tuple[int, int, slice]) -> np.ndarray:
     """Which keys these queries see, boolean (rows, Sk): the contract's conditions, one after another.
 
-    Every other backend goes by `heedful.visibility`. This is the same once more, and shares no line.
+    Others go by `heedful.rules.visibility`. This is the same once more, and shares no line.
     """
     b, _, rows = queries
     query, key = np.ogrid[rows, : problem.kv_length]

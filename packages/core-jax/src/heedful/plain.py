@@ -1,12 +1,13 @@
 """Attention as the formula stands, in JAX: the whole score matrix, and JAX's own derivatives of it.
 
 Everything is computed in the accumulator dtype, so half precision rounds on the way in and on the
-way out and nowhere between: this is the error that other backends are compared with. (On a CPU it is
-also faster: XLA's own bfloat16 product is slow there.)
+way out and nowhere between. (On a CPU it is also faster: XLA's own bfloat16 product is slow there.)
 
 The derivative of what `where` did not choose is zero times a slope, and zero times NaN is NaN. So
 what nobody sees is replaced before the arithmetic, and not only after it.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +15,33 @@ from jax import lax
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.softcap import tanh
-from heedful.visibility import visible
+from heedful.rules.place import Place
+from heedful.rules.scores import added, capped
+from heedful.rules.visibility import of_key_heads, visible
 
 
 def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """out (B, Hq, Sq, Dv) in the problem's dtype and lse (B, Hq, Sq) in its accumulator dtype.
 
-    Differentiable in q, k, v and bias, forwards and backwards, to any order. Keys that no query of
-    their head sees, and queries that see no key, may hold NaN and infinity; elsewhere those spread.
+    Differentiable in all of `operands.differentiable`, forwards and backwards, to any order. Keys that
+    no query of their head sees, and queries that see no key, may hold NaN and infinity; elsewhere those
+    spread.
     """
     scores_shape = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
     grouped = (problem.batch, problem.kv_heads, problem.group)
     q, k, v = (jnp.asarray(x, problem.accumulator) for x in (operands.q, operands.k, operands.v))
 
-    rows, columns = (
-        jnp.arange(problem.q_length, dtype=jnp.int32),
-        jnp.arange(problem.kv_length, dtype=jnp.int32),
-    )
-    seen = visible(problem, operands, rows, columns)
+    place = Place.whole(problem, partial(jnp.arange, dtype=jnp.int32))
+    seen = visible(problem, operands, place)
     if seen is not None:
         seen = jnp.broadcast_to(seen, scores_shape)
         sees = seen.any(axis=3, keepdims=True)
-        seen_by_a_head = seen.any(axis=2).reshape(*grouped, problem.kv_length)
-        seen_by_any = seen_by_a_head.any(axis=2)[..., None]
-        q, k, v = jnp.where(sees, q, 0), jnp.where(seen_by_any, k, 0), jnp.where(seen_by_any, v, 0)
+        is_seen = of_key_heads(problem, seen.any(axis=2))[..., None]
+        q, k, v = jnp.where(sees, q, 0), jnp.where(is_seen, k, 0), jnp.where(is_seen, v, 0)
 
     q = q.reshape(*grouped, problem.q_length, problem.head_dim)
     scores = problem.scale * _einsum("bhgid,bhjd->bhgij", q, k).reshape(scores_shape)
-    if problem.softcap is not None:
-        scores = problem.softcap * tanh(scores / problem.softcap)
-    if operands.bias is not None:
-        scores = scores + jnp.asarray(operands.bias, problem.accumulator)
+    scores = added(operands, capped(problem, scores)[0])
     if seen is not None:
         scores = jnp.where(seen, scores, -jnp.inf)
 

@@ -18,7 +18,7 @@ class WrongResult(TypeError):
 
     Attributes:
         backend: its name.
-        tensor: "out", "lse", "dq", "dk", "dv" or "dbias"; None where it is about all of them.
+        tensor: "out", "lse", or "dq" and so on, of an operand; None where it is about all of them.
     """
 
     def __init__(self, message: str, backend: str, tensor: str | None = None):
@@ -56,22 +56,26 @@ def checked_run(backend: Any, problem: Problem, operands: Operands) -> tuple[Arr
 
 def checked_gradients(
     backend: Any, problem: Problem, operands: Operands, out_cotangent: Array, lse_cotangent: Array
-) -> tuple[Array, Array, Array, Array | None]:
-    """`backend.gradients` of a NumPy backend: dq, dk, dv, and dbias where there is a bias.
+) -> Operands:
+    """`backend.gradients` of a NumPy backend: of each differentiable operand that there is.
 
     Raises:
         WrongResult: it returned something else.
     """
     operands = _read_only(operands)
     cotangents = map(_read_only_array, (out_cotangent, lse_cotangent))
-    answer = backend.gradients(problem, operands, *cotangents)
-    names = ("dq", "dk", "dv", "dbias")
-    found = _items(answer, f"{backend.name}.gradients", names, backend.name)
-    for name, x, like in zip(names, found, (*operands[:3], operands.bias), strict=True):
-        if like is not None:
-            _check(backend, name, x, shape_of(like), dtype_of(like), operands.q)
-    dq, dk, dv, dbias = found
-    return dq, dk, dv, None if operands.bias is None else dbias
+    found = backend.gradients(problem, operands, *cotangents)
+    wanted = operands.differentiable
+    if not isinstance(found, Operands):
+        raise WrongResult(
+            f"{backend.name}.gradients must return heedful.Operands: the gradients of "
+            f"{', '.join(wanted)}. Got {type(found).__name__}.",
+            backend.name,
+        )
+    for name, x in wanted.items():
+        gradient = getattr(found, name)
+        _check(backend, f"d{name}", gradient, shape_of(x), dtype_of(x), operands.q)
+    return Operands(**{name: getattr(found, name) for name in wanted})
 
 
 # NumPy's arrays are views of the caller's memory, JAX's and torch's too: nobody may write there.

@@ -2,7 +2,7 @@
 
 Each part is done as early as it is known:
 
-- What position alone rules out is known from the problem, before any array: `span` cuts it off. A
+- What position alone rules out is known from the problem, before any array: `span_of` cuts it off. A
   sliding window over a long cache costs the window, and a causal call never touches keys of the
   future.
 - There too it is known whether the rest is exactly a causal diagonal, or nothing: then no mask is
@@ -19,6 +19,7 @@ NaN through, forward or backward.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.visibility import visible
+from heedful.rules.place import Place
+from heedful.rules.visibility import hiding, of_key_heads, visible
 
 
 class Span(NamedTuple):
@@ -46,7 +48,7 @@ class Span(NamedTuple):
     diagonal: int = 0
 
 
-def span(problem: Problem) -> Span:
+def span_of(problem: Problem) -> Span:
     """Cuts off the queries that see nothing and the keys that nobody sees, by position alone."""
     rows, columns = range(problem.q_length), range(problem.kv_length)
     if not problem.positional:
@@ -73,33 +75,18 @@ def span(problem: Problem) -> Span:
     return Span(rows, columns, "nothing")
 
 
-def masking(problem: Problem) -> list[str]:
-    """The options, other than position, that say which keys are seen; a bias is not among them."""
-    asked = {
-        "mask": problem.mask_shape is not None,
-        "q_lengths": problem.q_lengths,
-        "kv_lengths": problem.kv_lengths,
-    }
-    return [option for option, is_asked in asked.items() if is_asked]
-
-
-def additive_shape(problem: Problem, place: Span) -> tuple[int, int, int, int]:
+def additive_shape(problem: Problem, span: Span) -> tuple[int, ...]:
     """The shape of `score_mask`'s additive mask, from the problem alone."""
-    given = [shape for shape in (problem.mask_shape, problem.bias_shape) if shape is not None]
-    full = (problem.batch, problem.q_heads, len(place.rows), len(place.columns))
-    placed = place.hides != "nothing"
-    offset_a_row = placed and problem.q_offset is None
-    asked = (
-        problem.q_lengths or problem.kv_lengths or offset_a_row,
-        False,
-        problem.q_lengths or placed,
-        problem.kv_lengths or placed,
+    differing = list(hiding(problem).values())
+    if problem.bias_shape is not None:
+        differing.append(problem.bias_shape)
+    if span.hides != "nothing":
+        batch = problem.batch if problem.q_offset is None else 1
+        differing.append((batch, 1, problem.q_length, problem.kv_length))
+    full = (problem.batch, problem.q_heads, len(span.rows), len(span.columns))
+    return tuple(
+        n if any(shape[axis] != 1 for shape in differing) else 1 for axis, n in enumerate(full)
     )
-    batch, heads, rows, columns = (
-        n if asked[axis] or any(shape[axis] != 1 for shape in given) else 1
-        for axis, n in enumerate(full)
-    )
-    return batch, heads, rows, columns
 
 
 class ScoreMask(NamedTuple):
@@ -117,37 +104,34 @@ class ScoreMask(NamedTuple):
     seen: Tensor
 
 
-def score_mask(problem: Problem, operands: Operands, place: Span, dtype: torch.dtype) -> ScoreMask:
+def score_mask(problem: Problem, operands: Operands, span: Span, dtype: torch.dtype) -> ScoreMask:
     """The mask of a problem, in `dtype`. A bias of -inf hides a key as a mask does."""
-    device = operands.q.device
-    if place.hides == "nothing":  # what position hid is cut off: what is left needs no axes for it
+    if span.hides == "nothing":  # what position hid is cut off: what is left needs no axes for it
         problem = dataclasses.replace(problem, causal=False, window=None)
-    visibility = visible(
-        problem,
-        operands._replace(mask=None if operands.mask is None else _cut(operands.mask, place)),
-        torch.arange(place.rows.start, place.rows.stop, device=device),
-        torch.arange(place.columns.start, place.columns.stop, device=device),
-    )
+    operands = operands._replace(**{n: _cut(x, span) for n, x in operands.over_scores.items()})
+    count_up = functools.partial(torch.arange, device=operands.q.device)
+    rows = count_up(span.rows.start, span.rows.stop)
+    columns = count_up(span.columns.start, span.columns.stop)
+    place = Place.whole(problem, count_up)._replace(rows=rows, columns=columns)
+    visibility = visible(problem, operands, place)
     if visibility is None:
-        visibility = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    nothing = torch.zeros((), dtype=dtype, device=device)
+        visibility = rows.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    nothing = rows.new_zeros((), dtype=dtype)
     bias = nothing
     if operands.bias is not None:
-        bias = _cut(operands.bias, place).to(dtype)
+        bias = operands.bias.to(dtype)
         visibility = visibility & (bias.detach() != -torch.inf)
-    if not place.columns:
+    if not span.columns:
         visibility = visibility[..., :0]  # of no keys, none is seen
 
     sees = visibility.any(-1, keepdim=True)
-    seen = visibility.any(-2).unsqueeze(-1)
-    if seen.shape[1] > 1:
-        seen = seen.unflatten(1, (problem.kv_heads, problem.group)).any(2)
+    seen = of_key_heads(problem, visibility.any(-2)).unsqueeze(-1)
     additive = torch.where(visibility, bias, torch.where(sees, -torch.inf, nothing))
     # The select keeps the layout of a transposed mask, and kernels read rows.
     return ScoreMask(additive.contiguous(), sees, seen)
 
 
-def _cut(x: Tensor, place: Span) -> Tensor:
+def _cut(x: Tensor, span: Span) -> Tensor:
     if x.shape[2] > 1:
-        x = x[:, :, place.rows.start : place.rows.stop]
-    return x[..., place.columns.start : place.columns.stop] if x.shape[3] > 1 else x
+        x = x[:, :, span.rows.start : span.rows.stop]
+    return x[..., span.columns.start : span.columns.stop] if x.shape[3] > 1 else x

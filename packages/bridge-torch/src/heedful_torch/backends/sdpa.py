@@ -26,7 +26,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,18 +34,44 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.visibility import FEATURES
+from heedful.rules.visibility import FEATURES, hiding
 from heedful_torch.backends.row_sums import row_sums
-from heedful_torch.backends.score_mask import additive_shape, masking, score_mask, span
+from heedful_torch.backends.score_mask import additive_shape, score_mask, span_of
 from heedful_torch.function import FirstOrder, Function, no_forward_mode, outside_compilation
 from heedful_torch.outside_autocast import no_autocast
 
-# (q, k, v, additive mask or None, causal, scale)
-# → out, lse or None, the tensors that the backward pass needs besides them
-Forward = Callable[..., tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
-# (dout, q, k, v, additive mask or None, causal, scale, out, lse, those tensors, is dmask wanted)
-# → dq, dk, dv, dmask or None
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+class Arguments(NamedTuple):
+    """What a kernel is given.
+
+    Attributes:
+        q, k, v: (B, H, S, ·), padded and laid out as the kernel reads them.
+        mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk), or None.
+        causal: its flag `is_causal`.
+        scale: positive.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+
+class Results(NamedTuple):
+    """What it returns: out, lse where it has one, and what else its backward pass needs."""
+
+    out: Tensor
+    lse: Tensor | None
+    kept: tuple[Tensor, ...] = ()
+
+
+Forward = Callable[[Arguments], Results]
+# (dout, arguments, results, is dmask wanted) → dq, dk, dv, dmask or None
+Backward = Callable[
+    [Tensor, Arguments, Results, bool], tuple[Tensor, Tensor, Tensor, Tensor | None]
+]
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,7 @@ class Kernel:
 
     def flagged(self, problem: Problem) -> bool:
         """Whether `is_causal` says exactly what position hides."""
-        place = span(problem)
+        place = span_of(problem)
         corner = {"upper left": 0, "lower right": len(place.columns) - len(place.rows), None: None}
         return place.hides == "diagonal" and place.diagonal == corner[self.flag]
 
@@ -101,12 +127,12 @@ def limits(kernel: Kernel, problem: Problem) -> list[str]:
     """What keeps a kernel from a problem on any machine, beside features: masks, head sizes."""
     reasons = []
     if kernel.masks is None:
-        hiding = masking(problem)
-        if span(problem).hides != "nothing" and not kernel.flagged(problem):
+        needs = list(hiding(problem))
+        if span_of(problem).hides != "nothing" and not kernel.flagged(problem):
             offset = "of its own a row" if problem.q_offset is None else str(problem.q_offset)
-            hiding.append("window" if problem.window else f"causal with a q_offset {offset}")
-        if hiding:
-            reasons.append(f"this kernel takes no mask, which {' and '.join(hiding)} would need")
+            needs.append("window" if problem.window else f"causal with a q_offset {offset}")
+        if needs:
+            reasons.append(f"this kernel takes no mask, which {' and '.join(needs)} would need")
         if problem.bias_shape is not None:
             reasons.append("this kernel takes no bias")
     if kernel.masks == "q" and problem.bias_dtype not in (None, problem.dtype):
@@ -127,14 +153,14 @@ def limits(kernel: Kernel, problem: Problem) -> list[str]:
 
 def score_bytes(kernel: Kernel, problem: Problem) -> int:
     """What a kernel is given, or materialises itself, that grows with Sq · Sk, in bytes."""
-    place = span(problem)
+    place = span_of(problem)
     itemsize = getattr(torch, problem.accumulator).itemsize
     found = 0
     if kernel.backward is None:  # scores and probabilities
         found += (
             2 * itemsize * problem.batch * problem.q_heads * len(place.rows) * len(place.columns)
         )
-    asked = masking(problem) or problem.bias_shape is not None
+    asked = hiding(problem) or problem.bias_shape is not None
     if asked or not (place.hides == "nothing" or kernel.flagged(problem)):
         shape = additive_shape(problem, place)
         if 1 not in shape[2:]:
@@ -174,15 +200,15 @@ def attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor
 
 
 def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
-    place = span(problem)
+    place = span_of(problem)
     rows, columns = place.rows, place.columns
     q = operands.q[:, :, rows.start : rows.stop]
     k = operands.k[:, :, columns.start : columns.stop]
     v = operands.v[:, :, columns.start : columns.stop]
 
     mask, causal = None, False
-    if masking(problem) or problem.bias_shape is not None or place.hides != "nothing":
-        causal = not masking(problem) and problem.bias_shape is None and kernel.flagged(problem)
+    if hiding(problem) or problem.bias_shape is not None or place.hides != "nothing":
+        causal = not hiding(problem) and problem.bias_shape is None and kernel.flagged(problem)
         if not causal:
             dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
             mask = score_mask(problem, operands, place, getattr(torch, dtype))
@@ -193,7 +219,8 @@ def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tenso
     if factor != 1:
         q = factor * q
     additive = None if mask is None else mask.additive
-    out, lse = _over_groups(kernel, problem.group, q, k, v, additive, causal, scale)
+    arguments = Arguments(q, k, v, additive, causal, scale)
+    out, lse, _ = _over_groups(kernel, problem.group, arguments)
 
     if mask is not None:
         out = torch.where(mask.sees, out, 0)
@@ -215,36 +242,35 @@ def _factors(problem: Problem) -> tuple[float, float]:
     return factor, math.ldexp(1.0, exponent)
 
 
-def _over_groups(
-    kernel: Kernel, group: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor | None]:
+def _over_groups(kernel: Kernel, group: int, asked: Arguments) -> Results:
     if group == 1 or kernel.grouped:
-        return _on_padded_heads(kernel, q, k, v, mask, *rest)
-    members = []
+        return _on_padded_heads(kernel, asked)
+    mask, members = asked.mask, []
     for g in range(group):
         member_mask = mask if mask is None or mask.shape[1] == 1 else mask[:, g::group]
-        members.append(_on_padded_heads(kernel, q[:, g::group], k, v, member_mask, *rest))
-    outs, lses = zip(*members, strict=True)
+        member = asked._replace(q=asked.q[:, g::group], mask=member_mask)
+        members.append(_on_padded_heads(kernel, member))
+    outs, lses, _ = zip(*members, strict=True)
     out = torch.stack(outs, 2).flatten(1, 2)
-    return out, None if lses[0] is None else torch.stack(lses, 2).flatten(1, 2)
+    return Results(out, None if lses[0] is None else torch.stack(lses, 2).flatten(1, 2))
 
 
-def _on_padded_heads(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor | None]:
-    head, value_head = kernel.padded(q.shape[-1]), kernel.padded(v.shape[-1])
+def _on_padded_heads(kernel: Kernel, asked: Arguments) -> Results:
+    value_dim = asked.v.shape[-1]
+    head, value_head = kernel.padded(asked.q.shape[-1]), kernel.padded(value_dim)
     if kernel.equal_head_sizes:
         head = value_head = max(head, value_head)
-    qkv = (
+    q, k, v = (
         _laid_out(_pad_head(x, size), kernel.alignment)
-        for x, size in ((q, head), (k, head), (v, value_head))
+        for x, size in ((asked.q, head), (asked.k, head), (asked.v, value_head))
     )
+    asked = asked._replace(q=q, k=k, v=v)
     lse: Tensor | None
     if kernel.backward is None:
-        out, lse, _ = kernel.forward(*qkv, mask, causal, scale)
+        out, lse, _ = kernel.forward(asked)
     else:
-        out, lse, *_ = _Fused.apply(kernel, causal, scale, *qkv, mask)
-    return out[..., : v.shape[-1]], lse
+        out, lse, *_ = _Fused.apply(kernel, *asked)
+    return Results(out[..., :value_dim], lse)
 
 
 def _pad_head(x: Tensor, size: int) -> Tensor:
@@ -264,50 +290,48 @@ def _laid_out(x: Tensor, alignment: int) -> Tensor:
     return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
+# Autograd functions take tensors one by one: the fields of `Arguments`, then those of `Results`.
+
+
 class _Fused(Function):
     """A kernel, differentiable once and in reverse, through out and LSE alike."""
 
     @staticmethod
-    def forward(
-        kernel: Kernel,
-        causal: bool,
-        scale: float,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    def forward(kernel: Kernel, *arguments: Any) -> tuple[Tensor, ...]:
         """out, lse, and one by one what else the backward pass needs."""
-        out, lse, kept = _fused_forward(kernel, causal, scale, q, k, v, mask)
+        out, lse, kept = _fused_forward(kernel, Arguments(*arguments))
+        assert lse is not None  # only a kernel without a backward operator of its own has none
         return out, lse, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *ctx.settings, q, k, v, mask = inputs
+        ctx.kernel, *tensors, ctx.causal, ctx.scale = inputs
         _, _, *kept = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept)
-        ctx.save_for_backward(q, k, v, mask, *output)
+        ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     @outside_compilation
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, dlse, *_ = cotangents
-        mask_wanted = ctx.needs_input_grad[-1]
-        gradients = _FusedPullBack.apply(*ctx.settings, mask_wanted, dout, dlse, *ctx.saved_tensors)
-        return None, None, None, *gradients
+        q, k, v, mask, *results = ctx.saved_tensors
+        arguments = Arguments(q, k, v, mask, ctx.causal, ctx.scale)
+        mask_wanted = ctx.needs_input_grad[1 + Arguments._fields.index("mask")]
+        gradients = _FusedPullBack.apply(ctx.kernel, mask_wanted, dout, dlse, *arguments, *results)
+        return None, *gradients, None, None
 
     jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        *settings, q, k, v, mask = args
-        *dims, of_mask = in_dims[3:]
+        kernel, q, k, v, mask, *rest = args
+        _, *dims, of_mask, _, _ = in_dims
         size = info.batch_size
         if of_mask is not None or (mask is not None and len(mask) > 1):  # else all share it
             mask = _folded(size, of_mask, _over_batch(mask, of_mask, _rows(q, dims[0])))
         q, k, v = (_folded(size, dim, x) for x, dim in zip((q, k, v), dims, strict=True))
-        return _unfolded(size, _Fused.apply(*settings, q, k, v, mask))
+        return _unfolded(size, _Fused.apply(kernel, q, k, v, mask, *rest))
 
 
 class _FusedPullBack(FirstOrder):
@@ -315,80 +339,64 @@ class _FusedPullBack(FirstOrder):
 
     @staticmethod
     def forward(
-        kernel: Kernel,
-        causal: bool,
-        scale: float,
-        mask_wanted: bool,
-        dout: Tensor | None,
-        dlse: Tensor | None,
-        *saved: Any,
+        kernel: Kernel, mask_wanted: bool, dout: Tensor | None, dlse: Tensor | None, *known: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv, and dmask where it is wanted."""
-        q, k, v, mask, out, lse, *kept = saved
-        inputs, outputs = (q, k, v, mask), (out, lse, tuple(kept))
-        return _fused_backward(kernel, causal, scale, inputs, outputs, dout, dlse, mask_wanted)
+        n = len(Arguments._fields)
+        arguments, (out, lse, *kept) = Arguments(*known[:n]), known[n:]
+        results = Results(out, lse, tuple(kept))
+        return _fused_backward(kernel, arguments, results, dout, dlse, mask_wanted)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        *settings, mask_wanted, dout, dlse, q, k, v, mask = args[:10]
-        before, of_mask, after = in_dims[4:9], in_dims[9], in_dims[10:]
-        size, of_q = info.batch_size, in_dims[6]
+        kernel, mask_wanted, dout, dlse, q, k, v, mask, *rest = args
+        _, _, *before, of_mask, _, _ = in_dims[:10]
+        causal, scale, *results = rest
+        size, of_q = info.batch_size, in_dims[4]
         shared = mask is not None and _rows(mask, of_mask) == 1
         # Not shared as going forward: each member of the axis has a gradient of its own.
         if mask is not None and (mask_wanted or of_mask is not None or not shared):
             mask = _folded(size, of_mask, _over_batch(mask, of_mask, _rows(q, of_q)))
         first = (_folded(size, d, x) for x, d in zip((dout, dlse, q, k, v), before, strict=True))
-        last = (_folded(size, d, x) for x, d in zip(args[10:], after, strict=True))
-        gradients = _FusedPullBack.apply(*settings, mask_wanted, *first, mask, *last)
+        last = (_folded(size, d, x) for x, d in zip(results, in_dims[10:], strict=True))
+        gradients = _FusedPullBack.apply(kernel, mask_wanted, *first, mask, causal, scale, *last)
         (*of_qkv, dmask), dims = _unfolded(size, gradients)
         if dmask is not None and shared:
             dmask = dmask.sum(1, keepdim=True)
         return (*of_qkv, dmask), dims
 
 
-def _fused_forward(
-    kernel: Kernel,
-    causal: bool,
-    scale: float,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _fused_forward(kernel: Kernel, asked: Arguments) -> Results:
     """out, lse, and what the backward pass needs besides."""
-    if not (q.numel() and k.numel()):
-        accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-        return out, q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator), ()
-    out, lse, kept = kernel.forward(q, k, v, mask, causal, scale)
-    assert lse is not None  # only a kernel without a backward operator of its own has none
-    return out, lse, kept
+    q, k, v, *_ = asked
+    if q.numel() and k.numel():
+        return kernel.forward(asked)
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    return Results(out, q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator))
 
 
 def _fused_backward(
     kernel: Kernel,
-    causal: bool,
-    scale: float,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    outputs: tuple[Tensor, Tensor, tuple[Tensor, ...]],
+    asked: Arguments,
+    results: Results,
     dout: Tensor | None,
     dlse: Tensor | None,
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and, where it is wanted, dmask; of the inputs and outputs of `_fused_forward`."""
-    (q, k, v, mask), (out, lse, kept) = inputs, outputs
+    """dq, dk, dv and, where it is wanted, dmask; of what `_fused_forward` took and gave."""
+    (q, k, v, mask, causal, scale), (out, lse, kept) = asked, results
     if not (q.numel() and k.numel()):
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         return dq, dk, dv, None if mask is None else torch.zeros_like(mask)
-    assert kernel.backward is not None
+    assert kernel.backward is not None and lse is not None
     head, value_head = q.shape[-1], v.shape[-1]
     dmask = None
     with no_autocast(q):
         if dout is None:
             dout = torch.zeros_like(out)
         if mask_wanted and not kernel.mask_gradient:
-            assert mask is not None
-            dmask, mask_wanted = _mask_gradient(dout, dlse, q, k, v, mask, scale), False
+            dmask, mask_wanted = _mask_gradient(dout, dlse, asked), False
         diagonal = None
         if causal:
             diagonal = k.shape[2] - q.shape[2] if kernel.flag == "lower right" else 0
@@ -399,9 +407,8 @@ def _fused_backward(
         if dlse is not None:
             dout, out = _with_lse_cotangent(dlse / sums, dout, out, v.shape[-1])
         dout, out = _laid_out(dout, kernel.alignment), _laid_out(out, kernel.alignment)
-        dq, dk, dv, of_kernel = kernel.backward(
-            dout, q, k, v, mask, causal, scale, out, lse, kept, mask_wanted
-        )
+        asked, results = asked._replace(q=q, k=k, v=v), Results(out, lse, kept)
+        dq, dk, dv, of_kernel = kernel.backward(dout, asked, results, mask_wanted)
     return (
         dq[..., :head],
         dk[..., :head],
@@ -489,15 +496,15 @@ def _with_lse_cotangent(
 MASK_GRADIENT_TILE = 2**19  # scores: 2 MiB in float32
 
 
-def _mask_gradient(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
-) -> Tensor:
+def _mask_gradient(dout: Tensor, dlse: Tensor | None, asked: Arguments) -> Tensor:
     """The gradient of the additive mask, for kernels that give none.
 
     It is dS itself, summed over the axes that the mask does not have:
     dS = P ∘ (dP − rowsum(P ∘ dP) + dlse), dP = dO Vᵀ. The scores of some rows of one head are
     materialised at a time, in the mask's dtype.
     """
+    q, k, v, mask, _, scale = asked
+    assert mask is not None  # it is wanted of
     gradient = torch.zeros_like(mask)
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
         key, value = k[b, h].to(mask.dtype), v[b, h].to(mask.dtype)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful_torch.backends.score_mask import span
+from heedful_torch.backends.score_mask import span_of
 from heedful_torch.backends.sdpa import (
     LACKS,
     TAKES,
+    Arguments,
     Kernel,
+    Results,
     attend,
     cuda_limits,
     limits,
@@ -23,29 +25,19 @@ from heedful_torch.backends.sdpa import (
 aten = torch.ops.aten
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _forward(asked: Arguments) -> Results:
+    q, k, v, _, causal, scale = asked
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, causal, False, scale=scale
     )
-    return out, lse.reshape(q.shape[:3]).clone(), (lse, seed, offset)  # cuDNN's is (B, H, Sq, 1)
+    # cuDNN's lse is (B, H, Sq, 1).
+    return Results(out, lse.reshape(q.shape[:3]).clone(), (lse, seed, offset))
 
 
 def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: None,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    kept: tuple[Tensor, ...],
-    mask_wanted: bool,
+    dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    its_lse, seed, offset = kept
+    (q, k, v, _, causal, scale), (out, _, (its_lse, seed, offset)) = asked, results
     lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, its_lse, seed, offset, None, *lengths, 0.0, causal, scale=scale
@@ -75,7 +67,7 @@ class SdpaCudnn:
         reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(KERNEL, problem)
         if problem.kv_length == 1:
             reasons.append("cuDNN's attention takes no single key")
-        place = span(problem)
+        place = span_of(problem)
         if place.hides == "diagonal" and len(place.rows) != len(place.columns):
             reasons.append("this kernel is trusted with causal on equal lengths only")
         version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]  # torch's own

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful_torch.backends.score_mask import masking, span
+from heedful.rules.visibility import hiding
+from heedful_torch.backends.score_mask import span_of
 from heedful_torch.backends.sdpa import (
     LACKS,
     TAKES,
+    Arguments,
     Kernel,
+    Results,
     attend,
     cuda_limits,
     limits,
@@ -57,9 +60,8 @@ def _aligned_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
     return F.pad(mask.expand(-1, -1, -1, length), (0, room))[..., :length].expand(scores)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _forward(asked: Arguments) -> Results:
+    q, k, v, mask, causal, scale = asked
     aligned, top = None, None
     if mask is not None:
         within, top = _within_range(mask)
@@ -71,23 +73,13 @@ def _forward(
     own = lse[:, :, : q.shape[2]].clone()
     if top is not None:
         own = torch.where(top.abs() > LARGEST, top, own)
-    return out, own, (lse, seed, offset)
+    return Results(out, own, (lse, seed, offset))
 
 
 def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    kept: tuple[Tensor, ...],
-    mask_wanted: bool,
+    dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    its_lse, seed, offset = kept
+    (q, k, v, mask, causal, scale), (out, _, (its_lse, seed, offset)) = asked, results
     aligned = None
     if mask is not None:
         aligned = _aligned_mask(_within_range(mask)[0], (*q.shape[:3], k.shape[2]))
@@ -122,7 +114,7 @@ class SdpaEfficient:
         capability = (8, 0) if problem.dtype == "bfloat16" else (5, 0)
         dtypes = ("float32", "float16", "bfloat16")
         reasons = cuda_limits(problem, dtypes, capability) + limits(KERNEL, problem)
-        hides = masking(problem) or problem.bias_shape or span(problem).hides != "nothing"
+        hides = hiding(problem) or problem.bias_shape or span_of(problem).hides != "nothing"
         if hides and max(problem.q_length, problem.kv_length) > LONGEST_MASKED:
             reasons.append(
                 f"with a mask this kernel is wrong on lengths over {LONGEST_MASKED}, silently "

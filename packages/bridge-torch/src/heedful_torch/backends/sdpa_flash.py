@@ -13,7 +13,9 @@ from heedful.call.problem import Problem
 from heedful_torch.backends.sdpa import (
     LACKS,
     TAKES,
+    Arguments,
     Kernel,
+    Results,
     attend,
     cuda_limits,
     limits,
@@ -23,57 +25,37 @@ from heedful_torch.backends.sdpa import (
 aten = torch.ops.aten
 
 
-def _cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+def _cpu_forward(asked: Arguments) -> Results:
+    q, k, v, mask, causal, scale = asked
+    return Results(
+        *aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
     )
-    return out, lse, ()
 
 
 def _cpu_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    kept: tuple[Tensor, ...],
-    mask_wanted: bool,
+    dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
+    q, k, v, mask, causal, scale = asked
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        dout, q, k, v, results.out, results.lse, 0.0, causal, attn_mask=mask, scale=scale
     )
     return dq, dk, dv, None
 
 
-def _cuda_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _cuda_forward(asked: Arguments) -> Results:
+    q, k, v, _, causal, scale = asked
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, causal, False, scale=scale
     )
-    return out, lse, (seed, offset)
+    return Results(out, lse, (seed, offset))
 
 
 def _cuda_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: None,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    kept: tuple[Tensor, ...],
-    mask_wanted: bool,
+    dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    seed, offset = kept
+    (q, k, v, _, causal, scale), (out, lse, (seed, offset)) = asked, results
     lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, *lengths, 0.0, causal, seed, offset, scale=scale

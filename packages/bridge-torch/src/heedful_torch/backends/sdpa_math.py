@@ -11,16 +11,24 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful_torch.backends.sdpa import LACKS, TAKES, Kernel, attend, limits, score_bytes
+from heedful_torch.backends.sdpa import (
+    LACKS,
+    TAKES,
+    Arguments,
+    Kernel,
+    Results,
+    attend,
+    limits,
+    score_bytes,
+)
 from heedful_torch.outside_autocast import outside_autocast
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, None, tuple[()]]:
+def _forward(asked: Arguments) -> Results:
     # Made of ordinary operations: torch differentiates them in q, k, v and the mask.
-    (out,) = outside_autocast(_Math(scale), q, k, v, *(() if mask is None else (mask,)))
-    return out, None, ()
+    tensors = (x for x in asked[:4] if isinstance(x, Tensor))
+    (out,) = outside_autocast(_Math(asked.scale), *tensors)
+    return Results(out, None)
 
 
 @dataclass(frozen=True)

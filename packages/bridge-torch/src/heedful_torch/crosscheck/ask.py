@@ -289,12 +289,10 @@ def _ask_numpy(
         return list(results), {}
     call = Call.of(**arrays, **options)
     lse_cotangent = question.lse_cotangent * call.problem.return_lse
-    *heads, dbias = instance.gradients(
-        call.problem, call.operands, question.out_cotangent, lse_cotangent
-    )
-    gradients = {n: question.as_called(x) for n, x in zip("qkv", heads, strict=True)}
-    if dbias is not None:
-        gradients["bias"] = question.as_bias_came(dbias).reshape(arrays["bias"].shape)
+    found = instance.gradients(call.problem, call.operands, question.out_cotangent, lse_cotangent)
+    gradients = {n: question.as_called(getattr(found, n)) for n in "qkv"}
+    if found.bias is not None:
+        gradients["bias"] = question.as_bias_came(found.bias).reshape(arrays["bias"].shape)
     return list(results), gradients
 
 

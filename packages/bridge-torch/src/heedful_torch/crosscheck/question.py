@@ -84,10 +84,10 @@ class Question:
 
     def _answers(self, lse_cotangent: np.ndarray) -> Answers:
         cotangents = self.out_cotangent, lse_cotangent
-        dq, dk, dv, dbias = oracle.gradients(self.problem, self.operands, *cotangents)
-        right = self._forward | {"dq": dq, "dk": dk, "dv": dv}
-        if dbias is not None:
-            right["dbias"] = self.as_bias_came(dbias)
+        gradients = oracle.gradients(self.problem, self.operands, *cotangents).differentiable
+        right = self._forward | {f"d{name}": x for name, x in gradients.items()}
+        if "dbias" in right:
+            right["dbias"] = self.as_bias_came(right["dbias"])
 
         def by(arithmetic: Arithmetic) -> Tensors:
             tensors = attend(arithmetic, self.problem, self.operands, *cotangents)

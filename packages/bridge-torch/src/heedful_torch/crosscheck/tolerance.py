@@ -54,7 +54,7 @@ a yardstick, a wide limit.
 - Scores, softmax, gradients: the oracle and the yardsticks say them in NumPy, each for itself; the
   slope of the softcap as 1/cosh² where kernels take 1 − tanh². The oracle itself is on trial against
   autodiff, finite differences and a definition pair by pair (tests/core/test_oracle.py).
-- Visibility: `heedful.visibility` is the kernels' alone. The oracle has its own words for it. The
+- Visibility: `heedful.rules.visibility` is the kernels' alone. The oracle has its own words for it. The
   yardsticks take the oracle's, since a fault there sets all backends apart from the oracle; so does
   what is said to be hidden, which only ever demands more: zeros, and indifference to NaN.
 - Rank, layout, broadcasting, offsets: `question` reads them out of the call itself.

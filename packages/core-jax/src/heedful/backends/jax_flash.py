@@ -4,7 +4,7 @@ from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.flash import flash
-from heedful.visibility import FEATURES
+from heedful.rules import FEATURES
 
 
 class FlashBackend:
@@ -13,7 +13,7 @@ class FlashBackend:
     name = "jax:flash"
     automatic = 0
     deterministic = True
-    takes = FEATURES | {"bias", "grouped_heads", "return_lse", "scale", "softcap", "value_dim"}
+    takes = FEATURES | {"grouped_heads", "return_lse", "value_dim"}
 
     def reasons(self, problem: Problem) -> tuple[str, ...]:
         return ()

@@ -2,7 +2,7 @@
 
 jax.nn takes (B, S, H, D), aligns its own causal mask and window top-left, gives a query that sees no
 key the mean of V, and lets a NaN in a masked V through (0 · NaN). So what a query sees is worked out
-here, by `heedful.visibility`, and what nobody sees is kept out of the kernel on both sides.
+here, by `heedful.rules.visibility`, and what nobody sees is kept out of the kernel on both sides.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.visibility import FEATURES, visible
+from heedful.rules.place import Place
+from heedful.rules.visibility import FEATURES, of_key_heads, visible
 
 Kernel = Callable[[Array, Array, Array], Array]  # q, k, v → out, all (B, S, H, D)
 
@@ -43,9 +44,8 @@ def visibility(problem: Problem, operands: Operands) -> Array | None:
 
     A bias of −inf hides a key too: jax.nn would prefer a masked key to it, and NaN to a row of them.
     """
-    rows = jnp.arange(problem.q_length, dtype=jnp.int32)
-    columns = jnp.arange(problem.kv_length, dtype=jnp.int32)
-    seen = visible(problem, operands, rows, columns)
+    place = Place.whole(problem, partial(jnp.arange, dtype=jnp.int32))
+    seen = visible(problem, operands, place)
     if operands.bias is None:
         return seen
     possible = operands.bias != -jnp.inf
@@ -62,11 +62,7 @@ def attend(problem: Problem, operands: Operands, seen: Array | None, kernel: Ker
     if seen is None:
         return _bhsd(kernel(_bhsd(q), _bhsd(k), _bhsd(v)))
     query_sees = seen.any(axis=3)[..., None]
-    key_is_seen = seen.any(axis=2)[..., None]  # by each query head, or by one that stands for all
-    if key_is_seen.shape[1] != 1:
-        batch, _, kv_length, _ = key_is_seen.shape
-        grouped = key_is_seen.reshape(batch, problem.kv_heads, problem.group, kv_length, 1)
-        key_is_seen = grouped.any(axis=2)
+    key_is_seen = of_key_heads(problem, seen.any(axis=2))[..., None]
     q = jnp.where(query_sees, q, 0)
     k, v = jnp.where(key_is_seen, k, 0), jnp.where(key_is_seen, v, 0)
     return jnp.where(query_sees, _bhsd(kernel(_bhsd(q), _bhsd(k), _bhsd(v))), 0)

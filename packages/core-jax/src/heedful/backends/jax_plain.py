@@ -7,7 +7,7 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.compiled import compiled
 from heedful.plain import plain
-from heedful.visibility import FEATURES
+from heedful.rules import FEATURES
 
 
 class PlainBackend:
@@ -16,7 +16,7 @@ class PlainBackend:
     name = "jax:plain"
     automatic = 1
     deterministic = True
-    takes = FEATURES | {"bias", "grouped_heads", "return_lse", "scale", "softcap", "value_dim"}
+    takes = FEATURES | {"grouped_heads", "return_lse", "value_dim"}
 
     def reasons(self, problem: Problem) -> tuple[str, ...]:
         return ()

@@ -3,7 +3,7 @@
 import numpy as np
 
 from heedful import oracle
-from heedful.call.arrays import Array
+from heedful.call.arrays import Array, dtype_of
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 
@@ -25,12 +25,10 @@ class OracleBackend:
 
     def gradients(
         self, problem: Problem, operands: Operands, out_cotangent: Array, lse_cotangent: Array
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        dq, dk, dv, dbias = oracle.gradients(problem, operands, out_cotangent, lse_cotangent)
-        dtype = problem.dtype
-        if dbias is not None and problem.bias_dtype is not None:
-            dbias = _rounded(dbias, problem.bias_dtype)
-        return _rounded(dq, dtype), _rounded(dk, dtype), _rounded(dv, dtype), dbias
+    ) -> Operands:
+        found = oracle.gradients(problem, operands, out_cotangent, lse_cotangent)
+        of = operands.differentiable
+        return Operands(**{n: _rounded(getattr(found, n), dtype_of(x)) for n, x in of.items()})
 
 
 def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -115,17 +115,17 @@ def _gradients_in_numpy(
 ) -> tuple[Operands]:
     def gradients(
         operands: Operands, cotangents: tuple[np.ndarray, np.ndarray | None]
-    ) -> tuple[Array, Array, Array, Array | None]:
+    ) -> tuple[Array, ...]:
         dout, dlse = cotangents
         if dlse is None:
             dlse = np.zeros(dout.shape[:3], problem.accumulator)
-        return checked_gradients(backend, problem, operands, dout, dlse)
+        found = checked_gradients(backend, problem, operands, dout, dlse)
+        return tuple(found.differentiable.values())
 
-    differentiable = (operands.q, operands.k, operands.v, operands.bias)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), differentiable)
-    name = f"{backend.name}.gradients"
-    dq, dk, dv, dbias = _on_host(name, gradients, shapes, operands, cotangents)
-    return (Operands(dq, dk, dv, bias=dbias),)
+    of = operands.differentiable
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in of.values()]
+    found = _on_host(f"{backend.name}.gradients", gradients, shapes, operands, cotangents)
+    return (Operands(**dict(zip(of, found, strict=True))),)
 
 
 _run_in_numpy.defvjp(_run_and_remember, _gradients_in_numpy)

@@ -3,17 +3,22 @@
 from typing import NamedTuple
 
 from heedful.call.arrays import Array
+from heedful.call.options import DIFFERENTIABLE
 
 
 class Operands(NamedTuple):
     """The arrays of one call in canonical form, all of one framework; a JAX pytree.
 
+    Gradients come as the same thing: of each array that has one its gradient, None for the others. All
+    but q, k, v and the lengths broadcast beside the scores: rank 4, each axis full or 1 of
+    (B, Hq, Sq, Sk).
+
     Attributes:
         q: (B, Hq, Sq, D).
         k: (B, Hkv, Sk, D).
         v: (B, Hkv, Sk, Dv).
-        mask: boolean, rank 4, each axis full or 1 of (B, Hq, Sq, Sk); True = visible.
-        bias: floating, rank 4, each axis full or 1 of (B, Hq, Sq, Sk).
+        mask: boolean, over the scores; True = visible.
+        bias: floating, over the scores.
         q_lengths: int32, (B,).
         kv_lengths: int32, (B,).
         q_offset: int32, (B,) or (1,); only where the problem holds no number.
@@ -27,3 +32,18 @@ class Operands(NamedTuple):
     q_lengths: Array | None = None
     kv_lengths: Array | None = None
     q_offset: Array | None = None
+
+    @property
+    def given(self) -> dict[str, Array]:
+        """Those that there are, by name."""
+        return {name: x for name, x in self._asdict().items() if x is not None}
+
+    @property
+    def differentiable(self) -> dict[str, Array]:
+        """Those of them that have gradients, by name."""
+        return {name: x for name, x in self.given.items() if name in DIFFERENTIABLE}
+
+    @property
+    def over_scores(self) -> dict[str, Array]:
+        """Those of them that broadcast beside the scores, by name."""
+        return {n: x for n, x in self.given.items() if n not in "qkv" and len(x.shape) == 4}

@@ -62,6 +62,7 @@ class Option:
         asked: (problem) → whether it asks for this beyond plain attention.
         operand: (array, form, problem) → the array in canonical form; None for what is no array.
         number: whether it may be a number in place of an array.
+        differentiable: whether it has a gradient.
         elsewhere: what the same thing is called elsewhere, and how to say it here.
     """
 
@@ -71,6 +72,7 @@ class Option:
     asked: "Callable[[Problem], bool]"
     operand: "Callable[[Array, Form, Problem], Array] | None" = None
     number: bool = False
+    differentiable: bool = False
     elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -370,6 +372,7 @@ OPTIONS = (  # in the order in which they are read
         read=_read_bias,
         asked=lambda problem: problem.bias_shape is not None,
         operand=_scores_like_bias,
+        differentiable=True,
         elsewhere={"attn_bias": "bias="},
     ),
     Option(
@@ -453,6 +456,9 @@ OPTIONS = (  # in the order in which they are read
         },
     ),
 )
+
+# What has gradients: of each call, those that are there.
+DIFFERENTIABLE = ("q", "k", "v", *(option.name for option in OPTIONS if option.differentiable))
 
 _BY_NAME = {option.name: option for option in OPTIONS}
 _ELSEWHERE = {name: here for option in OPTIONS for name, here in option.elsewhere.items()} | {

@@ -52,8 +52,8 @@ class Gradients(Protocol):
 
     def gradients(
         self, problem: Problem, operands: Operands, out_cotangent: Array, lse_cotangent: Array
-    ) -> tuple[Array, Array, Array, Array | None]:
-        """The cotangents of q, k, v and bias (None: no bias), of their shapes and dtypes."""
+    ) -> Operands:
+        """The gradients of `operands.differentiable`, by name, of their shapes and dtypes."""
         ...
 
 

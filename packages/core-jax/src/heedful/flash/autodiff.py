@@ -1,12 +1,12 @@
 """The three blockwise functions as three JAX primitives, and the rules that tie them together.
 
-    forward     q, k, v, bias → out, m, l                 its tangent is `tangent`
-    tangent     linear in q̇, k̇, v̇, bias̄                     its transpose is `cotangent`
-    cotangent   cotangents of out and l → dq, dk, dv, dbias
+    forward     operands → out, m, l                        its tangent is `tangent`
+    tangent     linear in the operands' tangents            its transpose is `cotangent`
+    cotangent   cotangents of out and l → the operands' gradients
 
-With these, JAX derives the rest itself: reverse mode that saves q, k, v, out, m and l, forward mode, and
-their compositions of any order. m is a shift, which changes neither out nor lse = m + log l: it stands
-still in every derivative. From the second order on the derivatives are those of the blockwise
+With these, JAX derives the rest: reverse mode that saves the operands, out, m and l, forward mode,
+and their compositions of any order. m is a shift, which changes neither out nor lse = m + log l: it
+stands still in every derivative. From the second order on the derivatives are those of the blockwise
 functions with loops of a fixed length, which JAX can transpose; their memory is not linear.
 
 `custom_vjp` would give up forward mode, and `custom_jvp` alone would transpose every slice of every
@@ -35,6 +35,7 @@ from heedful.compiled import compiled
 from heedful.flash.cotangent import cotangent
 from heedful.flash.forward import Kept, forward
 from heedful.flash.partition import lowering, varying_alike
+from heedful.flash.scores import numbered
 from heedful.flash.tangent import tangent
 from heedful.flash.tiles import Tiles
 
@@ -45,7 +46,7 @@ RESIDUALS = tuple(f"heedful_{name}" for name in Kept._fields)
 
 
 def flash(problem: Problem, operands: Operands, tiles: Tiles | None = None) -> tuple[Array, Array]:
-    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable in q, k, v and bias.
+    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable in all of `operands.differentiable`.
 
     Without `tiles`, `tile_sizes` chooses them.
     """
@@ -53,7 +54,7 @@ def flash(problem: Problem, operands: Operands, tiles: Tiles | None = None) -> t
         rows = (problem.batch, problem.q_heads, problem.q_length)
         out = jnp.zeros((*rows, problem.value_dim), problem.dtype)
         return out, jnp.full(rows, -jnp.inf, problem.accumulator)
-    leaves, tree = jax.tree.flatten(varying_alike(operands))
+    leaves, tree = jax.tree.flatten(varying_alike(numbered(problem, operands)))
     kept = Kept(*forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles))
     return _results(problem.dtype, kept.out.shape, *kept)
 
@@ -68,28 +69,37 @@ def _results(
     return out.astype(dtype), lse
 
 
-# The primitives' arguments are flat: the operands' leaves, which `tree` puts together again; then
-# what forward kept; then cotangents. Tangents stand before all of these.
+# The primitives' arguments are flat: the leaves of `Numbered`, which `tree` puts together again; then
+# what forward kept; then cotangents. Tangents, of the operands that `moving` names, stand before these.
 
 
 def _forward(*leaves: Array, tree: Any, **options: Any) -> list[Array]:
-    return list(forward(operands=jax.tree.unflatten(tree, leaves), **options))
+    return list(forward(given=jax.tree.unflatten(tree, leaves), **options))
 
 
-def _tangent(*flat: Array, tree: Any, of_bias: bool, **options: Any) -> list[Array]:
-    moving, (*leaves, out, m, l) = flat[: 3 + of_bias], flat[3 + of_bias :]
-    tangents = moving if of_bias else (*moving, None)
-    operands = jax.tree.unflatten(tree, leaves)
-    return list(tangent(operands=operands, kept=Kept(out, m, l), tangents=tangents, **options))
-
-
-def _cotangent(*flat: Array, tree: Any, **options: Any) -> list[Array]:
-    *leaves, out, m, l, d_out, d_l = flat
-    operands = jax.tree.unflatten(tree, leaves)
-    kept = Kept(out, m, l)
+def _tangent(*flat: Array, tree: Any, moving: tuple[str, ...], **options: Any) -> list[Array]:
+    tangents, (*leaves, out, m, l) = flat[: len(moving)], flat[len(moving) :]
     return list(
-        cotangent(operands=operands, kept=kept, out_cotangent=d_out, l_cotangent=d_l, **options)
+        tangent(
+            given=jax.tree.unflatten(tree, leaves),
+            kept=Kept(out, m, l),
+            tangents=Operands(**dict(zip(moving, tangents, strict=True))),
+            **options,
+        )
     )
+
+
+def _cotangent(*flat: Array, tree: Any, moving: tuple[str, ...], **options: Any) -> list[Array]:
+    *leaves, out, m, l, d_out, d_l = flat
+    found = cotangent(
+        given=jax.tree.unflatten(tree, leaves),
+        kept=Kept(out, m, l),
+        out_cotangent=d_out,
+        l_cotangent=d_l,
+        wanted=moving,
+        **options,
+    )
+    return [getattr(found, name) for name in moving]
 
 
 # What they return, said without tracing them: outside of a jit, `jax.grad` asks at every call.
@@ -112,10 +122,10 @@ def _out_and_l(*avals: Any, **params: Any) -> list[Any]:
     return [out, l]
 
 
-def _gradients(*avals: Any, problem: Problem, tree: Any, of_bias: bool, **_: Any) -> list[Any]:
-    operands = jax.tree.unflatten(tree, avals[: tree.num_leaves])
-    moving = (operands.q, operands.k, operands.v, *([operands.bias] if of_bias else []))
-    return [_like(x, x.shape, x.dtype) for x in moving]
+def _gradients(*avals: Any, tree: Any, moving: tuple[str, ...], **_: Any) -> list[Any]:
+    operands = jax.tree.unflatten(tree, avals[: tree.num_leaves]).operands
+    like = (getattr(operands, name) for name in moving)
+    return [_like(x, x.shape, x.dtype) for x in like]
 
 
 def _primitive(
@@ -141,8 +151,8 @@ def _primitive(
 
 PARAMS = ("problem", "tree", "tiles")
 forward_p = _primitive("heedful_forward", _forward, _kept, *PARAMS)
-tangent_p = _primitive("heedful_tangent", _tangent, _out_and_l, *PARAMS, "of_bias")
-cotangent_p = _primitive("heedful_cotangent", _cotangent, _gradients, *PARAMS, "of_bias")
+tangent_p = _primitive("heedful_tangent", _tangent, _out_and_l, *PARAMS, "moving")
+cotangent_p = _primitive("heedful_cotangent", _cotangent, _gradients, *PARAMS, "moving")
 
 
 # Differentiation
@@ -154,23 +164,22 @@ def _jvp_of_forward(
     kept = forward_p.bind(*primals, **params)
     # Named here, before the tangent rule reads them: a name put on later would not be the residual's.
     kept = [checkpoint_name(x, name) for x, name in zip(kept, RESIDUALS, strict=True)]
-    named = jax.tree.unflatten(params["tree"], tangents)
-    moving = [ad.instantiate_zeros(t) for t in (named.q, named.k, named.v)]
-    of_bias = named.bias is not None and not isinstance(named.bias, ad.Zero)
-    if of_bias:
-        moving.append(named.bias)
-    out_dot, l_dot = tangent_p.bind(*moving, *primals, *kept, of_bias=of_bias, **params)
+    named = jax.tree.unflatten(params["tree"], tangents).operands.differentiable
+    # q, k and v always, so that few programs are compiled; the others where they move.
+    moving = {n: t for n, t in named.items() if n in "qkv" or not isinstance(t, ad.Zero)}
+    along = map(ad.instantiate_zeros, moving.values())
+    out_dot, l_dot = tangent_p.bind(*along, *primals, *kept, moving=tuple(moving), **params)
     m_dot = ad.Zero(jax.typeof(kept[1]).to_tangent_aval())
     return kept, [out_dot, m_dot, l_dot]
 
 
 def _transpose_of_tangent(
-    cotangents: Sequence[Any], *flat: Any, of_bias: bool, **params: Any
+    cotangents: Sequence[Any], *flat: Any, moving: tuple[str, ...], **params: Any
 ) -> list[Array | None]:
-    moving, fixed = flat[: 3 + of_bias], flat[3 + of_bias :]
+    tangents, fixed = flat[: len(moving)], flat[len(moving) :]
     given = [ad.instantiate_zeros(ct) for ct in cotangents]
-    gradients = cotangent_p.bind(*fixed, *given, of_bias=of_bias, **params)
-    asked = [ad.is_undefined_primal(x) for x in moving]
+    gradients = cotangent_p.bind(*fixed, *given, moving=moving, **params)
+    asked = [ad.is_undefined_primal(x) for x in tangents]
     wanted = [g if ask else None for g, ask in zip(gradients, asked, strict=True)]
     return [*wanted, *[None] * len(fixed)]
 
@@ -227,14 +236,13 @@ def _vmap(
     **params: Any,
 ) -> tuple[list[Array], list[int]]:
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
-    of_bias = params.get("of_bias", False)
-    tangents = 3 + of_bias if primitive is tangent_p else 0
-    places = jax.tree.unflatten(tree, range(tree.num_leaves))
-    names = [name for name, x in zip(Operands._fields, places, strict=True) if x is not None]
-    may_stay = {"mask", "q_lengths", "kv_lengths", "q_offset"} | (set() if of_bias else {"bias"})
+    moving = params.get("moving", ())
+    tangents = len(moving) if primitive is tangent_p else 0
+    places = jax.tree.unflatten(tree, range(tangents, tangents + tree.num_leaves))
+    # What is not differentiated may be shared by all of the new axis; its gradient could not.
     whole = [True] * len(args)
-    for n, name in enumerate(names, start=tangents):
-        whole[n] = name not in may_stay
+    for n in jax.tree.leaves(places):
+        whole[n] = n in (getattr(places.operands, name) for name in ("q", "k", "v", *moving))
     folded = [
         _fold(x, axis, size, problem.batch, w) for x, axis, w in zip(args, axes, whole, strict=True)
     ]
@@ -242,13 +250,18 @@ def _vmap(
         *folded, problem=replace(problem, batch=size * problem.batch), tree=tree, **params
     )
     results = [x.reshape(size, problem.batch, *x.shape[1:]) for x in results]
-    if primitive is cotangent_p and of_bias:
-        bias = args[names.index("bias")]
-        axis = axes[names.index("bias")]
-        rows = bias.shape[0] if axis is None else jnp.moveaxis(bias, axis, 0).shape[1]
-        if rows == 1:  # the rows of a batch share one bias, so it gets their sum
-            results[3] = results[3].sum(axis=1, keepdims=True)
+    if primitive is cotangent_p:
+        for n, name in enumerate(moving):
+            of = getattr(places.operands, name)
+            rows = args[of].shape[0] if axes[of] is None else _rows(args[of], axes[of])
+            if rows < problem.batch:  # the rows of a batch share one, so it gets their sum
+                results[n] = results[n].sum(axis=1, keepdims=True)
     return results, [0] * len(results)
+
+
+def _rows(x: Array, mapped: int) -> int:
+    """The batch rows of an array that has one more axis."""
+    return x.shape[0 if mapped else 1]
 
 
 for _p in (forward_p, tangent_p, cotangent_p):

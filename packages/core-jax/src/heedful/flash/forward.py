@@ -7,15 +7,15 @@ import numpy as np
 from jax import lax
 
 from heedful.call.arrays import Array
-from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.flash.scores import (
+    Numbered,
     clean,
     keys_of,
     queries_of,
     scores,
-    seen_in_tile,
     seen_keys,
+    tile_at,
     unfold_queries,
     weigh,
     widen,
@@ -51,13 +51,15 @@ class Kept(NamedTuple):
     l: Array
 
 
-def forward(problem: Problem, operands: Operands, *, tiles: Tiles | None = None) -> Kept:
+def forward(problem: Problem, given: Numbered, *, tiles: Tiles | None = None) -> Kept:
     """out, m and l; without `tiles`, `tile_sizes` chooses them."""
     tiles = tiles or tile_sizes(problem)
     query_tiles = count(problem.q_length, tiles.queries)
     smallest = np.finfo(problem.accumulator).min
 
-    def head_tile(operands: Operands, _: tuple[()]) -> tuple[Kept, tuple[()]]:
+    def head_tile(given: Numbered, _: tuple[()]) -> tuple[Kept, tuple[()]]:
+        operands = given.operands
+
         def query_tile(i: Array) -> Kept:
             q = widen(problem, queries_of(problem, tiles, operands.q, i))
 
@@ -67,14 +69,14 @@ def forward(problem: Problem, operands: Operands, *, tiles: Tiles | None = None)
                 m, l, out = carry
                 k = widen(problem, keys_of(problem, tiles, operands.k, j))  # Alg. 1, line 6
                 v = widen(problem, keys_of(problem, tiles, operands.v, j))
-                see = seen_in_tile(problem, tiles, operands, i, j) if masked else None
-                s, _, highest = scores(problem, tiles, operands, q, k, i, j, see)  # line 9
+                tile = tile_at(problem, tiles, given, i, j, masked)
+                s, _, highest = scores(problem, tiles, tile, q, k)  # line 9
                 m_new = jnp.maximum(m, highest)  # lines 10 and 11
                 p = jnp.exp(s - m_new[..., None])
                 shrink = jnp.exp(m - m_new)
                 l_new = shrink * l + p.sum(axis=-1)
                 # Line 12, but divided by l once at the end, not in every step.
-                v = clean(v, seen_keys(problem, tiles, see))
+                v = clean(v, seen_keys(problem, tiles, tile.see))
                 return m_new, l_new, shrink[..., None] * out + weigh(p, v)
 
             rows = q.shape[:2]
@@ -90,4 +92,4 @@ def forward(problem: Problem, operands: Operands, *, tiles: Tiles | None = None)
         kept = lax.map(query_tile, count_up(query_tiles))
         return Kept(*(join(x, problem.q_length, 2) for x in kept)), ()
 
-    return over_heads(problem, tiles, head_tile, operands)[0]
+    return over_heads(problem, tiles, head_tile, given)[0]

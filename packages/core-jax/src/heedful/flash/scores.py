@@ -7,6 +7,7 @@ batch of matrices.
 """
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from heedful import softcap
 from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.flash.tiles import Tiles, count_up, cut, start
-from heedful.visibility import visible
+from heedful.rules.place import Place
+from heedful.rules.scores import added, capped
+from heedful.rules.visibility import of_key_heads, visible
 
 
 def queries_of(problem: Problem, tiles: Tiles, x: Array, index: Array) -> Array:
@@ -67,16 +69,13 @@ def cut_scores(problem: Problem, tiles: Tiles, x: Array, i: Array, j: Array) -> 
     return cut(x, 3, start(j, problem.kv_length, tiles.keys), tiles.keys)
 
 
-def add_tile(
-    problem: Problem, tiles: Tiles, total: Array, tile: Array, i: Array, j: Array
-) -> Array:
-    """Adds tile (i, j) of scores, unfolded, to all of them or to their sum where an axis is 1."""
-    tile = tile.sum(axis=[n for n in range(4) if total.shape[n] == 1], keepdims=True)
+def add_cut(problem: Problem, tiles: Tiles, total: Array, part: Array, i: Array, j: Array) -> Array:
+    """Adds what `cut_scores` would cut out; `start` at 0 along an axis of 1."""
     zero = jnp.zeros_like(i)
     row = zero if total.shape[2] == 1 else start(i, problem.q_length, tiles.queries)
     column = zero if total.shape[3] == 1 else start(j, problem.kv_length, tiles.keys)
     before = cut_scores(problem, tiles, total, i, j)
-    return lax.dynamic_update_slice(total, before + tile, (zero, zero, row, column))
+    return lax.dynamic_update_slice(total, before + part, (zero, zero, row, column))
 
 
 def widen(problem: Problem, x: Array) -> Array:
@@ -105,37 +104,77 @@ def multiplies_bfloat16() -> bool:
     return not left_alone and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
-def seen_in_tile(
-    problem: Problem, tiles: Tiles, operands: Operands, i: Array, j: Array
-) -> Array | None:
-    """What query tile i sees of key tile j: (b, h·g, queries, keys), each axis full or 1; None: all."""
+class Numbered(NamedTuple):
+    """Operands, and the numbers that the caller gives their batch rows and query heads (see `Place`).
+
+    As arrays beside them, cut, folded and sharded as they are, these stay what they were.
+
+    Attributes:
+        operands: of a call, or of the tile of its batch rows and heads.
+        batch, heads: (B,) and (1, Hq), int32.
+    """
+
+    operands: Operands
+    batch: Array
+    heads: Array
+
+
+def numbered(problem: Problem, operands: Operands) -> Numbered:
+    """The operands of a whole call."""
+    return Numbered(operands, count_up(problem.batch), count_up(problem.q_heads)[None])
+
+
+class Tile(NamedTuple):
+    """What a tile of scores is made of beside q and k.
+
+    Attributes:
+        place: its numbers.
+        operands: those over the scores cut to it.
+        see: what is seen in it, (b, h·g, queries, keys), each axis full or 1; None: all.
+    """
+
+    place: Place
+    operands: Operands
+    see: Array | None
+
+
+def tile_at(
+    problem: Problem, tiles: Tiles, given: Numbered, i: Array, j: Array, masked: bool
+) -> Tile:
+    """Tile (i, j) of the batch rows and heads given; `masked` says whether it asks what is seen."""
     rows = start(i, problem.q_length, tiles.queries) + count_up(tiles.queries)
     columns = start(j, problem.kv_length, tiles.keys) + count_up(tiles.keys)
-    mask = operands.mask
-    if mask is not None:
-        mask = cut_scores(problem, tiles, mask, i, j)
-    see = visible(problem, operands._replace(mask=mask), rows, columns)
+    place = Place(given.batch, given.heads[0], rows, columns)
+    over_scores = given.operands.over_scores
+    cuts = {name: cut_scores(problem, tiles, x, i, j) for name, x in over_scores.items()}
+    operands = given.operands._replace(**cuts)
+    if not masked:
+        return Tile(place, operands, None)
+    see = visible(problem, operands, place)
     if problem.kv_length % tiles.keys:  # the last tile overlaps the one before it: count keys once
-        fresh = (columns >= j * tiles.keys)[None, None, None, :]
+        fresh = place.j >= j * tiles.keys
         see = fresh if see is None else see & fresh
     if problem.q_length % tiles.queries:
-        fresh = (rows >= i * tiles.queries)[None, None, :, None]
+        fresh = place.i >= i * tiles.queries
         see = fresh if see is None else see & fresh
-    return see
+    return Tile(place, operands, see)
 
 
 def seen_keys(problem: Problem, tiles: Tiles, see: Array | None) -> Array | None:
     """Which keys of a tile somebody in it sees, (b·h, keys, 1); None: all."""
     if see is None:
         return None
-    seen = see.any(axis=2)  # (b or 1, h·g or 1, keys or 1)
-    if seen.shape[1] != 1:
-        seen = seen.reshape(seen.shape[0], -1, problem.group, seen.shape[2]).any(axis=2)
+    seen = of_key_heads(problem, see.any(axis=2))  # (b or 1, h or 1, keys or 1)
     seen = jnp.broadcast_to(seen, (tiles.batch, tiles.kv_heads, tiles.keys))
     return seen.reshape(-1, tiles.keys, 1)
 
 
-class Tile(NamedTuple):
+def wide(arrays: Mapping[str, Array], problem: Problem) -> dict[str, Array]:
+    """In the accumulator's dtype, in which they are differentiated and summed."""
+    return {name: x.astype(problem.accumulator) for name, x in arrays.items()}
+
+
+class Scores(NamedTuple):
     """A tile of scores, (n, queries, keys).
 
     Attributes:
@@ -149,48 +188,31 @@ class Tile(NamedTuple):
     highest: Array
 
 
-def scores(
-    problem: Problem,
-    tiles: Tiles,
-    operands: Operands,
-    q: Array,
-    k: Array,
-    i: Array,
-    j: Array,
-    see: Array | None,
-) -> Tile:
-    """The scores of query tile i against key tile j.
+def scores(problem: Problem, tiles: Tiles, tile: Tile, q: Array, k: Array) -> Scores:
+    """The scores of a tile of queries against a tile of keys.
 
     Args:
         q, k: the tiles, cut and widened; in a function that is differentiated, clean too.
-        operands: the arrays of this tile's batch rows and heads, whole along queries and keys.
-        i, j: the tiles' indices.
-        see: what is seen, of `seen_in_tile`; None: all.
+        tile: what else it is made of.
     """
     if widened := q.dtype == problem.accumulator:
-        product = s = query_key(
-            q * problem.scale, k
-        )  # one pass less over the tile than to scale it
+        # One pass less over the tile than to scale it.
+        product = s = query_key(q * problem.scale, k)
     else:
         product = query_key(q, k)  # to scale a bfloat16 q would round it
         s = product * problem.scale
-    slope = None
-    if problem.softcap is not None:
-        ratio = s / problem.softcap
-        s, slope = problem.softcap * softcap.tanh(ratio), softcap.slope(ratio)
-    folded = s.shape
-    s = unfold_queries(problem, tiles, s)
-    if operands.bias is not None:
-        s = s + cut_scores(problem, tiles, operands.bias, i, j).astype(s.dtype)
-    if see is not None:
-        s = jnp.where(see, s, -jnp.inf)
-    s = s.reshape(folded)
-    if slope is None and operands.bias is None and see is None and problem.scale > 0:
+    s, slope = capped(problem, s)
+    s = added(tile.operands, unfold_queries(problem, tiles, s))
+    if tile.see is not None:
+        s = jnp.where(tile.see, s, -jnp.inf)
+    s = s.reshape(product.shape)
+    as_they_were = slope is None and not tile.operands.over_scores and tile.see is None
+    if as_they_were and problem.scale > 0:
         # The same number, since rounding keeps order, for one pass less over the tile.
         highest = product.max(axis=-1) * (1 if widened else problem.scale)
     else:
         highest = s.max(axis=-1)
-    return Tile(s, slope, highest)
+    return Scores(s, slope, highest)
 
 
 def clean(x: Array, seen: Array | None) -> Array:
@@ -224,9 +246,8 @@ def gather(p: Array, x: Array) -> Array:
 def _product(a: Array, b: Array, *, contract: tuple[int, int]) -> Array:
     """A batch of products that accumulate in float32, or float64 for float64."""
     half = a.dtype == jnp.bfloat16
-    if (
-        half
-    ):  # XLA's CPU compiler fails on some that it has merged with a turn of what goes in or out
+    if half:
+        # XLA's CPU compiler fails on some that it has merged with a turn of what goes in or out.
         a, b = lax.optimization_barrier((a, b))
     result = lax.dot_general(
         a,

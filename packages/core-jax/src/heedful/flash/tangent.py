@@ -1,6 +1,6 @@
 """The tangent of the forward pass, tile by tile: what forward mode asks for, and the twin of cotangent.
 
-With s' the tangent of the scores along those of q, k, v and bias, e = exp(s − m), l = Σ e and
+With s' the tangent of the scores along those of the operands, e = exp(s − m), l = Σ e and
 out = Σ e v / l give
 
     l'_i   = Σ_j e_ij s'_ij
@@ -12,6 +12,7 @@ forward pass kept makes e without a second softmax, as in Algorithm 4 of Dao et 
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -20,16 +21,19 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.flash.forward import Kept
 from heedful.flash.scores import (
+    Numbered,
+    Tile,
     clean,
     cut_scores,
     keys_of,
     queries_of,
     query_key,
     scores,
-    seen_in_tile,
     seen_keys,
+    tile_at,
     unfold_queries,
     weigh,
+    wide,
     widen,
 )
 from heedful.flash.tiles import (
@@ -43,18 +47,19 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
+from heedful.rules.scores import added
 
 
 def tangent(
     problem: Problem,
-    operands: Operands,
+    given: Numbered,
     kept: Kept,
-    tangents: tuple[Array, Array, Array, Array | None],
+    tangents: Operands,
     *,
     tiles: Tiles | None = None,
     every_tile: bool = False,
 ) -> tuple[Array, Array]:
-    """The tangents of out and l along `tangents` of q, k, v and bias (None: bias stands still).
+    """The tangents of out and l along those of the operands (None: it stands still; q, k, v never do).
 
     `every_tile` visits those that nobody sees too, in loops of a fixed length (see `tiles.visit`).
     """
@@ -64,34 +69,36 @@ def tangent(
     accumulator = problem.accumulator
 
     def head_tile(arrays: Any, _: tuple[()]) -> tuple[tuple[Array, Array], tuple[()]]:
-        operands, kept, (q_dot, k_dot, v_dot, bias_dot) = arrays
+        given, kept, tangents = arrays
+        operands = given.operands
 
         def query_tile(i: Array) -> tuple[Array, Array]:
             out, m, l = (queries_of(problem, tiles, x, i) for x in kept)
             alive = l != 0  # a row that sees no key has no tangent
-            q = clean(widen(problem, queries_of(problem, tiles, operands.q, i)), alive[..., None])
-            dq = clean(widen(problem, queries_of(problem, tiles, q_dot, i)), alive[..., None])
+            q, q_dot = (
+                clean(widen(problem, queries_of(problem, tiles, x, i)), alive[..., None])
+                for x in (operands.q, tangents.q)
+            )
 
             def step(j: Array, carry: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
                 out_sum, l_dot = carry
-                k = widen(problem, keys_of(problem, tiles, operands.k, j))
-                v = widen(problem, keys_of(problem, tiles, operands.v, j))
-                dk = widen(problem, keys_of(problem, tiles, k_dot, j))
-                dv = widen(problem, keys_of(problem, tiles, v_dot, j))
-                see = seen_in_tile(problem, tiles, operands, i, j) if masked else None
-                seen = seen_keys(problem, tiles, see)
-                k, v, dk, dv = (clean(x, seen) for x in (k, v, dk, dv))
-                s, slope, _ = scores(problem, tiles, operands, q, k, i, j, see)
+                tile = tile_at(problem, tiles, given, i, j, masked)
+                seen = seen_keys(problem, tiles, tile.see)
+                k, v, k_dot, v_dot = (
+                    clean(widen(problem, keys_of(problem, tiles, x, j)), seen)
+                    for x in (operands.k, operands.v, tangents.k, tangents.v)
+                )
+                s, slope, _ = scores(problem, tiles, tile, q, k)
                 e = jnp.exp(s - m[..., None])
-                s_dot = (query_key(dq, k) + query_key(q, dk)) * problem.scale
+                s_dot = (query_key(q_dot, k) + query_key(q, k_dot)) * problem.scale
                 if slope is not None:
                     s_dot = s_dot * slope
-                if bias_dot is not None:
-                    moved = cut_scores(problem, tiles, bias_dot, i, j).astype(accumulator)
-                    s_dot = (unfold_queries(problem, tiles, s_dot) + moved).reshape(s_dot.shape)
+                if along := tangents.over_scores:
+                    cuts = {n: cut_scores(problem, tiles, x, i, j) for n, x in along.items()}
+                    s_dot = s_dot + _of_added(problem, tiles, tile, s.shape, cuts)
                 # Where e is 0, the tangent of the score may be anything, infinity too.
                 e_dot = e * clean(s_dot, e != 0)
-                out_sum = out_sum + weigh(e_dot, v) + weigh(e, dv)
+                out_sum = out_sum + weigh(e_dot, v) + weigh(e, v_dot)
                 return out_sum, l_dot + e_dot.sum(axis=-1)
 
             out_sum = jnp.zeros((*q.shape[:2], problem.value_dim), accumulator)
@@ -107,4 +114,23 @@ def tangent(
         out_dot, l_dot = lax.map(query_tile, count_up(query_tiles))
         return (join(out_dot, problem.q_length, 2), join(l_dot, problem.q_length, 2)), ()
 
-    return over_heads(problem, tiles, head_tile, (operands, kept, tangents))[0]
+    return over_heads(problem, tiles, head_tile, (given, kept, tangents))[0]
+
+
+def _of_added(
+    problem: Problem,
+    tiles: Tiles,
+    tile: Tile,
+    shape: tuple[int, ...],
+    tangents: dict[str, Array],
+) -> Array:
+    """The tangent of what is added to a tile of scores, in their shape, along those of its operands."""
+    nothing = jnp.zeros(shape, problem.accumulator)
+
+    def sum_of(operands: dict[str, Array]) -> Array:
+        all_of_them = tile.operands._replace(**operands)
+        return added(all_of_them, unfold_queries(problem, tiles, nothing))
+
+    at = {name: getattr(tile.operands, name) for name in tangents}
+    _, found = jax.jvp(sum_of, (wide(at, problem),), (wide(tangents, problem),))
+    return found.reshape(shape)

@@ -16,7 +16,7 @@ from jax import lax
 from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.visibility import q_offset
+from heedful.rules.visibility import Reach, reach
 
 # One tile of scores, all its heads counted, should stay in a CPU's cache. Measured on 8 heads of
 # 2048 × 64 in float32, on one core with 1 MiB of L2: 512 × 512 for two heads at a time is within 6 %
@@ -178,80 +178,29 @@ class Seen(NamedTuple):
 
 def keys_seen(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Seen:
     """The key tiles that the query tile from `begin` meets."""
-    left, right = problem.band
-    return _seen(
-        first=begin,
-        last=begin + tiles.queries - 1,
-        offset=q_offset(problem, operands),
-        band=(left, right),
-        own_lengths=operands.q_lengths,
-        lengths=operands.kv_lengths,
-        length=problem.kv_length,
-        size=tiles.keys,
-        masked=operands.mask is not None,
-    )
+    found = reach(problem, operands, begin, begin + tiles.queries - 1, along="keys")
+    return _seen(found, problem.kv_length, tiles.keys)
 
 
 def queries_seen(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Seen:
-    """The query tiles that meet the key tile from `begin`.
-
-    The mirror of `keys_seen`: p_i − left ≤ j ≤ p_i + right is j − right ≤ p_i ≤ j + left.
-    """
-    left, right = problem.band
+    """The query tiles that meet the key tile from `begin`."""
+    found = reach(problem, operands, begin, begin + tiles.keys - 1, along="queries")
     # A last tile that overlaps the one before it would give its share of dq twice: mask it.
-    overlaps = begin % tiles.keys != 0 if problem.kv_length % tiles.keys else False
-    return _seen(
-        first=begin,
-        last=begin + tiles.keys - 1,
-        offset=-q_offset(problem, operands),
-        band=(right, left),
-        own_lengths=operands.kv_lengths,
-        lengths=operands.q_lengths,
-        length=problem.q_length,
-        size=tiles.queries,
-        masked=operands.mask is not None or overlaps,
-    )
+    if problem.kv_length % tiles.keys and found.clear_high is not None:
+        overlaps = begin % tiles.keys != 0
+        found = found._replace(clear_high=jnp.where(overlaps, 0, found.clear_high))
+    return _seen(found, problem.q_length, tiles.queries)
 
 
-def _seen(
-    *,
-    first: Array,
-    last: Array,
-    offset: Any,
-    band: tuple[int | None, int | None],
-    own_lengths: Array | None,
-    lengths: Array | None,
-    length: int,
-    size: int,
-    masked: Any,
-) -> Seen:
-    """Rows first … last of one axis against all of the other; each bound is over all batch rows."""
-    left, right = band
-    low: Any = 0
-    high: Any = length
-    clear_low: Any = 0
-    clear_high: Any = length
-    if left is not None:
-        low = jnp.min(first + offset - left)
-        clear_low = jnp.max(last + offset - left)
-    if right is not None:
-        clear_high = jnp.minimum(clear_high, jnp.min(first + offset + right) + 1)
-        high = jnp.minimum(high, jnp.max(last + offset + right) + 1)
-    if lengths is not None:
-        clear_high = jnp.minimum(clear_high, jnp.min(lengths))
-        high = jnp.minimum(high, jnp.max(lengths))
-    if own_lengths is not None:
-        clear_high = jnp.where(last < jnp.min(own_lengths), clear_high, 0)
-        high = jnp.where(first < jnp.max(own_lengths), high, 0)
+def _seen(found: Reach, length: int, size: int) -> Seen:
+    """A range of one axis, in tiles of a size."""
     n = count(length, size)
-    first_tile = _clip(low // size, 0, n)
-    end = _clip(-(-high // size), first_tile, n)
-    if masked is True:
-        return Seen(first_tile, end, end, end)
-    if masked is not False:
-        clear_high = jnp.where(masked, 0, clear_high)
-    clear = _clip(-(-clear_low // size), first_tile, end)
-    return Seen(first_tile, clear, _clip(clear_high // size, clear, end), end)
+    first = _clip(found.low // size, 0, n)
+    end = _clip(-(-found.high // size), first, n)
+    if found.clear_high is None:
+        return Seen(first, end, end, end)
+    clear = _clip(-(-found.clear_low // size), first, end)
+    return Seen(first, clear, _clip(found.clear_high // size, clear, end), end)
 
 
 def _clip(x: Any, low: Any, high: Any) -> Any:

@@ -1,0 +1,14 @@
+"""The contract's arithmetic, each rule once: for the whole score matrix, a tile of it, or a row.
+
+    place.py        which batch rows, heads, queries and keys a tile is
+    scores.py       from products to scores
+    visibility.py   which keys a query sees
+
+Whoever computes by these rules takes every feature they are about, one that is added to them too.
+`jax:plain`, `jax:flash` and the judge's yardstick do; the oracle says all of it once more, and shares
+no line.
+"""
+
+from heedful.rules import scores, visibility
+
+FEATURES = scores.FEATURES | visibility.FEATURES

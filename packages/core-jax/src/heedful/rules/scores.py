@@ -1,0 +1,62 @@
+"""From scale · q kᵀ to scores: softcap, then what is added. JAX's arrays or NumPy's.
+
+The softcap's slope, 1 − tanh², is a difference of two numbers next to 1: at three times the cap it has
+lost five of seven digits. The same number as 4 e^(−2|x|) / (1 + e^(−2|x|))² loses none, and JAX is told
+so for every order of derivative.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
+
+FEATURES = frozenset({"scale", "softcap", "bias"})
+
+
+def capped(problem: Problem, scores: Array) -> tuple[Array, Array | None]:
+    """softcap · tanh(scores / softcap), and its slope; the scores and None where there is no softcap."""
+    if problem.softcap is None:
+        return scores, None
+    cap = scores.dtype.type(problem.softcap)
+    ratio = scores / cap
+    if isinstance(scores, np.ndarray):
+        return cap * np.tanh(ratio), _slope_of_tanh(ratio, np)
+    return cap * tanh(ratio), slope(ratio)
+
+
+def added(operands: Operands, scores: Array) -> Array:
+    """The scores, capped, and all that is added to them.
+
+    Args:
+        operands: those over the scores cut to the tile, so that they broadcast beside it.
+        scores: of the tile; the answer has its dtype.
+    """
+    if operands.bias is not None:
+        scores = scores + operands.bias.astype(scores.dtype)
+    return scores
+
+
+@jax.custom_jvp
+def tanh(x: Array) -> Array:
+    """The hyperbolic tangent, whose derivative is `slope`."""
+    return jnp.tanh(x)
+
+
+@jax.custom_jvp
+def slope(x: Array) -> Array:
+    """The derivative of tanh: 1 / cosh(x)²."""
+    return _slope_of_tanh(x, jnp)
+
+
+def _slope_of_tanh(x: Array, numpy: Any) -> Array:
+    decay = numpy.exp(-2 * abs(x))
+    return 4 * decay / (1 + decay) ** 2
+
+
+tanh.defjvps(lambda x_dot, _, x: x_dot * slope(x))
+slope.defjvps(lambda x_dot, found, x: -2 * x_dot * found * tanh(x))

@@ -1,0 +1,140 @@
+"""Which keys a query sees: for the whole score matrix or a tile of it, and, in `reach`, as a range.
+
+`visible` is written with operators alone, so that one text serves NumPy, JAX and torch: the caller
+brings the place in its own framework, and the answer comes in that framework.
+"""
+
+import operator
+from functools import reduce
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from heedful.call.arrays import Array
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
+from heedful.rules.place import Place
+
+FEATURES = frozenset({"mask", "causal", "window", "q_offset", "q_lengths", "kv_lengths"})
+
+
+def hiding(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """What hides keys, by option, beside position; each axis full or 1 of (B, Hq, Sq, Sk)."""
+    batch, q_length, kv_length = problem.batch, problem.q_length, problem.kv_length
+    found = {}
+    if problem.mask_shape is not None:
+        found["mask"] = problem.mask_shape
+    if problem.q_lengths:
+        found["q_lengths"] = (batch, 1, q_length, 1)
+    if problem.kv_lengths:
+        found["kv_lengths"] = (batch, 1, 1, kv_length)
+    return found
+
+
+def _column(per_batch: Array) -> Array:
+    """(B,) → (B, 1, 1, 1), to stand beside scores."""
+    return per_batch[:, None, None, None]
+
+
+def q_offset(problem: Problem, operands: Operands) -> Any:
+    """The place of query 0 among the keys: a number, or (B,) where rows differ."""
+    if problem.q_offset is not None:
+        return problem.q_offset
+    if operands.q_offset is not None:
+        return operands.q_offset
+    kv = problem.kv_length if operands.kv_lengths is None else operands.kv_lengths
+    return kv - (problem.q_length if operands.q_lengths is None else operands.q_lengths)
+
+
+def visible(problem: Problem, operands: Operands, place: Place) -> Array | None:
+    """Which keys are seen: boolean, broadcastable to a tile of scores; None where all are.
+
+    Args:
+        problem: what is asked.
+        operands: its arrays, those over the scores cut to the tile, and all to its batch rows.
+        place: of the tile.
+    """
+    left, right = problem.band
+    conditions = []
+    if problem.positional:
+        offset = q_offset(problem, operands)
+        p = place.i + (offset if isinstance(offset, int) else _column(offset))
+        if left is not None:
+            conditions.append(place.j >= p - left)
+        if right is not None:
+            conditions.append(place.j <= p + right)
+    if operands.q_lengths is not None:
+        conditions.append(place.i < _column(operands.q_lengths))
+    if operands.kv_lengths is not None:
+        conditions.append(place.j < _column(operands.kv_lengths))
+    if operands.mask is not None:
+        conditions.append(operands.mask)
+    return reduce(operator.and_, conditions) if conditions else None
+
+
+def of_key_heads(problem: Problem, by_query_heads: Array) -> Array:
+    """Whether any query head that reads a key head says so: boolean (b, h, ·) → (b, h / group, ·).
+
+    An axis of 1 says it for all heads, and stays.
+    """
+    batch, heads, *rest = by_query_heads.shape
+    if heads == 1:
+        return by_query_heads
+    grouped = by_query_heads.reshape(batch, heads // problem.group, problem.group, *rest)
+    return grouped.any(axis=2)
+
+
+# The same as a range, for JAX
+
+
+class Reach(NamedTuple):
+    """A range of one axis that a tile of the other meets: low ≤ … < high, whole within the clear part.
+
+    Attributes:
+        low, high: nothing outside is seen by anybody in the tile.
+        clear_low, clear_high: what lies between is seen by all of them; None: nothing is known to be.
+    """
+
+    low: Any
+    high: Any
+    clear_low: Any
+    clear_high: Any | None
+
+
+def reach(
+    problem: Problem,
+    operands: Operands,
+    first: Array,
+    last: Array,
+    along: Literal["keys", "queries"],
+) -> Reach:
+    """The keys that queries first … last meet, or the queries that keys first … last meet.
+
+    Each bound is over all batch rows. p_i − left ≤ j ≤ p_i + right is, the other way round,
+    j − right ≤ p_i ≤ j + left.
+    """
+    left, right = problem.band
+    offset = q_offset(problem, operands) if problem.positional else 0
+    own_lengths, lengths, length = operands.q_lengths, operands.kv_lengths, problem.kv_length
+    if along == "queries":
+        left, right, offset = right, left, -offset
+        own_lengths, lengths, length = operands.kv_lengths, operands.q_lengths, problem.q_length
+    low: Any = 0
+    high: Any = length
+    clear_low: Any = 0
+    clear_high: Any = length
+    if left is not None:
+        low = jnp.min(first + offset - left)
+        clear_low = jnp.max(last + offset - left)
+    if right is not None:
+        clear_high = jnp.minimum(clear_high, jnp.min(first + offset + right) + 1)
+        high = jnp.minimum(high, jnp.max(last + offset + right) + 1)
+    if lengths is not None:
+        clear_high = jnp.minimum(clear_high, jnp.min(lengths))
+        high = jnp.minimum(high, jnp.max(lengths))
+    if own_lengths is not None:
+        clear_high = jnp.where(last < jnp.min(own_lengths), clear_high, 0)
+        high = jnp.where(first < jnp.max(own_lengths), high, 0)
+    if hiding(problem).keys() - {"q_lengths", "kv_lengths"}:
+        return Reach(low, high, clear_low, None)
+    return Reach(low, high, clear_low, clear_high)
