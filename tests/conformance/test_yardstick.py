@@ -14,7 +14,7 @@ from heedful import oracle
 from heedful.call import Call
 from heedful.call.form import Form
 from heedful_torch.crosscheck import crosscheck, memory_needed, question, tolerance, yardstick
-from heedful_torch.crosscheck.cases import named, select
+from heedful_torch.crosscheck.cases import combined, named, select
 from heedful_torch.crosscheck.question import Question
 from heedful_torch.crosscheck.tolerance import CEILING
 
@@ -266,7 +266,7 @@ def test_the_oracle_and_the_judge_import_no_rule_of_the_kernels():
     """Problem says what is asked; everything else of heedful is on trial."""
     allowed = {
         oracle: {"heedful.call.arrays", "heedful.call.operands", "heedful.call.problem"},
-        yardstick: {"heedful", "heedful.oracle"},
+        yardstick: {"heedful", "heedful.oracle", "heedful.rules.scores"},
         tolerance: set(),
         question: {"heedful", "heedful.call"},
     }
@@ -277,6 +277,8 @@ def test_the_oracle_and_the_judge_import_no_rule_of_the_kernels():
         "Problem",
         "Part",
         "add_over_broadcast",
+        "added",
+        "capped",
         "parts",
         "oracle",
     }
@@ -294,14 +296,36 @@ def test_a_fault_of_visibility_is_seen(monkeypatch):
     """One that every kernel shares."""
     right = heedful.plain.visible
 
-    def off_by_one(problem, operands, rows, columns):
-        return right(problem, operands, rows, columns + 1)
+    def off_by_one(problem, operands, place):
+        return right(problem, operands, place._replace(columns=place.columns + 1))
 
     monkeypatch.setattr("heedful.plain.visible", off_by_one)
     report = crosscheck(
         ["jax:plain"], [hard.hard("window", hard.normal, window=(5, 3))], ["float32"]
     )
-    assert report.verdict == "disagree"
+    assert {failure.tensor for failure in report.failures} >= {"out", "lse", "dq"}
+
+
+@pytest.mark.parametrize("rule", ["added", "capped"])
+def test_a_fault_of_the_scores_is_seen_in_float64(monkeypatch, rule):
+    """One that every kernel and the yardsticks share, in rows of the table that ask for it."""
+    right = getattr(heedful.rules.scores, rule)
+
+    def off(*asked):
+        found = right(*asked)
+        if rule == "capped":
+            scores, slope = found
+            return found if slope is None else (scores * (1 + 1e-4), slope)
+        return found + 1e-4 * (found - asked[-1])
+
+    for user in ("heedful.plain", yardstick.__name__):
+        monkeypatch.setattr(f"{user}.{rule}", off)
+    option = {"added": "bias", "capped": "softcap"}[rule]
+    asked = [c for c in combined() if c.dtype == "float64" and c.row[option] != "none"][:10]
+    report = crosscheck(["jax:plain"], [c for c in asked if c.caller in (None, "jax")])
+    assert not any("raised" in failure.message for failure in report.failures)
+    wrong = {failure.case for failure in report.failures}
+    assert len(wrong) >= len(report.outcomes) / 2
 
 
 def test_a_fault_that_undoes_itself_on_the_way_back_is_seen(monkeypatch):

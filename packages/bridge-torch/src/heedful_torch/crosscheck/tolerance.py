@@ -51,9 +51,12 @@ or to a key nobody sees is exactly zero; nothing else is NaN or infinite.
 What judge and judged share, and why it hides nothing. A fault that both had would be no error, or, in
 a yardstick, a wide limit.
 
-- Scores, softmax, gradients: the oracle and the yardsticks say them in NumPy, each for itself; the
-  slope of the softcap as 1/cosh² where kernels take 1 − tanh². The oracle itself is on trial against
-  autodiff, finite differences and a definition pair by pair (tests/core/test_oracle.py).
+- Softmax and gradients: the oracle and the yardsticks say them in NumPy, each for itself. The oracle
+  itself is on trial against autodiff, finite differences and a definition pair by pair
+  (tests/core/test_oracle.py).
+- Scores: the yardsticks take them by `heedful.rules.scores`, as our own kernels do; the oracle has its
+  own words. In float64 there is no rounding behind which a faulty rule could stand: there the ceiling
+  is 1e-6, so that the rows of the table in float64 disagree, all of them that ask for the rule.
 - Visibility: `heedful.rules.visibility` is the kernels' alone. The oracle has its own words for it. The
   yardsticks take the oracle's, since a fault there sets all backends apart from the oracle; so does
   what is said to be hidden, which only ever demands more: zeros, and indifference to NaN.

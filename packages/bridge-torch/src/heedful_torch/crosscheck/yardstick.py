@@ -11,9 +11,9 @@ no kernel's weakness is in it, so that none is excused by it.
 others, which lose what kernels of the flash family and half precision's own autodiff must lose: they
 tell what is `lossy` from what is wrong, and set no limit of agreement.
 
-It is written in NumPy, apart from every backend, so that no backend sets its own limit. Visibility and
-the cut into parts it has from the oracle: a fault there would set all backends apart from the oracle,
-and hide none.
+It is written in NumPy, apart from every backend, so that no backend sets its own limit. From products
+to scores it goes by `heedful.rules`; visibility and the cut into parts it has from the oracle. Why
+neither hides a fault, `tolerance` says.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ import numpy as np
 
 from heedful import Operands, Problem
 from heedful.oracle import Part, add_over_broadcast, parts
+from heedful.rules.scores import added, capped
 
 Tensors = dict[str, np.ndarray]
 Scaled = Literal["q", "product", "both"]
@@ -233,15 +234,6 @@ def _scores(
     product: np.ndarray, problem: Problem, part: Part
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The scores, −inf where nothing is seen, and the slope of the softcap at each; (rows, Sk)."""
-    scores, slope = product, None
-    if problem.softcap is not None:
-        scores, slope = _softcap(scores, product.dtype.type(problem.softcap))
-    if part.bias is not None:
-        scores = scores + part.bias
+    scores, slope = capped(problem, product)
+    scores = added(Operands(part.q, part.k, part.v, bias=part.bias), scores)
     return np.where(part.seen, scores, -np.inf), slope
-
-
-def _softcap(scores: np.ndarray, cap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """cap · tanh(scores / cap) and its slope 1 / cosh²; 1 − tanh² loses it where tanh is near 1."""
-    shrunk = np.exp(-2 * np.abs(scores / cap))
-    return cap * np.tanh(scores / cap), 4 * shrunk / (1 + shrunk) ** 2
