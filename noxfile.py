@@ -18,6 +18,7 @@ COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
 
+PACKAGES = ("packages/core-jax", "packages/bridge-torch", "packages/crosscheck")
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")
 PYTEST = ("pytest", "-n", "auto")
 
@@ -43,17 +44,16 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def core(session: nox.Session) -> None:
-    """Test heedful with no torch installed, on two generations of JAX."""
-    install(session, "packages/core-jax", *TEST_TOOLS)
+    """Test heedful and its judge with no torch installed, on two generations of JAX."""
+    install(session, "packages/core-jax", "packages/crosscheck", *TEST_TOOLS)
     session.env.update(compiled(session))
-    session.run(*PYTEST, "tests/core", *session.posargs)
+    session.run(*PYTEST, "tests/core", "tests/crosscheck", *session.posargs)
 
 
 @nox.session(python="3.11", default=False)
 def environment(session: nox.Session) -> None:
-    """Make the environment that the sessions below share: both packages, torch, every tool."""
-    packages = ("packages/core-jax", "packages/bridge-torch")
-    install(session, *packages, *TEST_TOOLS, "mypy", "onnx", "ruff")
+    """Make the environment that the sessions below share: all packages, torch, every tool."""
+    install(session, *PACKAGES, *TEST_TOOLS, "mypy", "onnx", "ruff")
 
 
 @shared_session()
@@ -84,7 +84,7 @@ def lint(session: nox.Session) -> None:
     """Check style, format and types."""
     run(session, "ruff", "check")
     run(session, "ruff", "format", "--check")
-    run(session, "mypy", "packages/core-jax/src", "packages/bridge-torch/src")
+    run(session, "mypy", *(f"{package}/src" for package in PACKAGES))
 
 
 @shared_session(default=False)

@@ -21,7 +21,7 @@ from heedful.oracle import FEATURES
 from heedful.plain import plain
 from heedful.rules.place import Place
 from heedful.rules.visibility import visible
-from heedful_torch.crosscheck import Case
+from heedful_crosscheck import Case
 
 EVERYTHING = {"out", "lse", "dq", "dk", "dv"}
 HALVES = ("bfloat16", "float16")

@@ -5,7 +5,7 @@ Of one small shape, so that each backend compiles few programs: what differs are
 
 import numpy as np
 
-from heedful_torch.crosscheck import Case
+from heedful_crosscheck import Case
 
 B, H, SQ, SK, D = 2, 2, 21, 37, 16  # D^-½ = 1/4 has a root without rounding
 

@@ -1,6 +1,6 @@
 """One tensor, judged by a standard of its own."""
 
-from heedful_torch.crosscheck.tolerance import Standard
+from heedful_crosscheck.tolerance import Standard
 
 
 def judge(tensor, got, *standard, **more):

@@ -11,9 +11,9 @@ import heedful
 from heedful.backends.numpy_oracle import backend as numpy_oracle
 from heedful.call import Call
 from heedful.oracle import FEATURES
-from heedful_torch.crosscheck import crosscheck
-from heedful_torch.crosscheck.cases import combined, everything, quick
-from heedful_torch.crosscheck.combinations import (
+from heedful_crosscheck import crosscheck
+from heedful_crosscheck.cases import combined, everything, quick
+from heedful_crosscheck.combinations import (
     FACTORS,
     TRIPLED,
     VIEWS,
@@ -24,8 +24,8 @@ from heedful_torch.crosscheck.combinations import (
     table,
     triples_of,
 )
-from heedful_torch.crosscheck.question import Question
-from heedful_torch.crosscheck.run import is_asked
+from heedful_crosscheck.question import Question
+from heedful_crosscheck.run import is_asked
 
 
 def is_completable(part):
@@ -134,7 +134,7 @@ def test_in_every_row_somebody_sees_something():
         {"value_dim": "smaller"},
         {"bias": "full", "window": "both"},
         {"window": "both", "kv_lengths": "some"},
-        {"window": "both", "offset": "each"},
+        {"window": "both", "q_offset": "each"},
         {"softcap": "1.5", "mask": "full"},
         {"heads": "4/2", "kv_lengths": "some"},
         {"heads": "4/2", "mask": "head-rows"},

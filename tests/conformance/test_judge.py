@@ -19,10 +19,9 @@ from typer.testing import CliRunner
 import heedful
 from heedful import oracle
 from heedful.oracle import FEATURES
-from heedful_torch import cli
-from heedful_torch.crosscheck import InputError, crosscheck, load
-from heedful_torch.crosscheck.cases import Case, everything, named, normal, select
-from heedful_torch.crosscheck.question import Question
+from heedful_crosscheck import InputError, cli, crosscheck, load
+from heedful_crosscheck.cases import Case, everything, named, normal, select
+from heedful_crosscheck.question import Question
 from heedful_torch.dlpack import x64_is_enabled
 
 # One case or two of every group: each distinct one costs every JAX backend a compilation.
@@ -189,7 +188,7 @@ def test_what_is_known_when_a_run_is_ended_is_written(tmp_path, name, status):
     (tmp_path / "ending.py").write_text(textwrap.dedent(ENDING).replace("{signal}", name))
     command = "crosscheck --import ending --backend numpy:ending --cases positions --dtype float32"
     run = subprocess.run(
-        [sys.executable, "-c", "from heedful_torch.cli import main; main()", *command.split()],
+        [sys.executable, "-c", "from heedful_crosscheck.cli import main; main()", *command.split()],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -226,7 +225,7 @@ def test_the_report_is_where_it_was_asked_for_whatever_a_backend_does_to_the_pro
     (tmp_path / "crosscheck.json").symlink_to(kept)
     command = "crosscheck --import leaving --backend numpy:leaving --cases full --dtype float32"
     subprocess.run(
-        [sys.executable, "-c", "from heedful_torch.cli import main; main()", *command.split()],
+        [sys.executable, "-c", "from heedful_crosscheck.cli import main; main()", *command.split()],
         cwd=tmp_path,
         capture_output=True,
         check=False,
@@ -510,8 +509,8 @@ def test_a_file_of_one_case_may_leave_out_its_name(file):
         ({"mine.k": None}, "case mine lacks k"),
         ({"mine.weight": np.ones(3)}, "Got 'mine.weight'"),
         ({"mine.q": np.ones((4, 6, 8))}, r"q of case mine must be \(B, H, S, D\)"),
-        ({"mine.q": np.ones((2, 4, 6, 8), "int64")}, "Got mine.q of torch.int64"),
-        ({"mine.mask": np.ones((2, 9))}, "Got mine.mask of torch.float64"),
+        ({"mine.q": np.ones((2, 4, 6, 8), "int64")}, "Got mine.q of I64"),
+        ({"mine.mask": np.ones((2, 9))}, "Got mine.mask of F64"),
         ({"mine.mask": np.ones((2, 8), bool)}, "mask must be broadcastable"),
         ({"mine.q": np.ones((2, 3, 6, 8))}, "q's heads must be a multiple of k's"),
         ({"mine.v": np.full((2, 2, 9, 8), np.nan)}, "v of case mine must be finite"),
@@ -621,7 +620,9 @@ def test_a_module_that_registers_is_imported_first(tmp_path):
         "heedful.register(Mine())\n"
     )
     arguments = "crosscheck --import my_kernel --backend jax:mine --cases tiny --dtype float32"
-    code = f"import sys; from heedful_torch.cli import main; sys.argv[1:] = {arguments.split()}; main()"
+    code = (
+        f"import sys, heedful_crosscheck.cli as cli; sys.argv[1:] = {arguments.split()}; cli.main()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )

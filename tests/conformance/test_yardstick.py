@@ -13,10 +13,10 @@ import heedful
 from heedful import oracle
 from heedful.call import Call
 from heedful.call.form import Form
-from heedful_torch.crosscheck import crosscheck, memory_needed, question, tolerance, yardstick
-from heedful_torch.crosscheck.cases import combined, named, select
-from heedful_torch.crosscheck.question import Question
-from heedful_torch.crosscheck.tolerance import CEILING
+from heedful_crosscheck import crosscheck, memory_needed, question, tolerance, yardstick
+from heedful_crosscheck.cases import combined, named, select
+from heedful_crosscheck.question import Question
+from heedful_crosscheck.tolerance import CEILING
 
 HONEST = (
     "jax:flash",

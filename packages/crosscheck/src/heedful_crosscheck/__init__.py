@@ -3,7 +3,7 @@
 A kernel's author registers the kernel, and holds it to the contract in a test:
 
     import heedful
-    from heedful_torch.crosscheck import crosscheck
+    from heedful_crosscheck import crosscheck
 
     def test_my_kernel():
         heedful.register(MyKernel())  # its name is "torch:mine"
@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 
 import heedful
-from heedful_torch.crosscheck.cases import (
+from heedful_crosscheck.cases import (
     Case,
     InputError,
     everything,
@@ -28,9 +28,9 @@ from heedful_torch.crosscheck.cases import (
     select,
     share_of_pairs,
 )
-from heedful_torch.crosscheck.memory import Memory, estimate
-from heedful_torch.crosscheck.report import Report
-from heedful_torch.crosscheck.run import (
+from heedful_crosscheck.memory import Memory, estimate
+from heedful_crosscheck.report import Report
+from heedful_crosscheck.run import (
     DTYPES,
     WORKERS,
     Failure,

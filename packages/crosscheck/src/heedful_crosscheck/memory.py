@@ -9,7 +9,7 @@ import numpy as np
 import heedful
 from heedful import Problem, oracle
 from heedful.call import Call
-from heedful_torch.crosscheck.cases import Case, Inputs
+from heedful_crosscheck.cases import Case, Inputs
 
 # Measured: the oracle's and the yardsticks' tensors together, for each number of q, k, v and out; and
 # the matrices of one part of the scores, of which they hold about 16 at a time.
@@ -80,9 +80,9 @@ def _in_dtype(x: Any, dtype: str) -> Any:
 def _judge(inputs: Inputs, problem: Problem) -> int:
     out = problem.batch * problem.q_heads * problem.q_length * problem.value_dim
     numbers = inputs.q.size + inputs.k.size + inputs.v.size + out
-    if "bias" in inputs.options:  # and its gradient
-        numbers += inputs.options["bias"].size
-    masks = inputs.options["mask"].nbytes if "mask" in inputs.options else 0
+    # What is differentiated has a gradient beside it.
+    numbers += sum(x.size for x in inputs.arrays.values() if x.dtype.kind == "f")
+    masks = sum(x.nbytes for x in inputs.arrays.values() if x.dtype.kind != "f")
     at_once = min(problem.score_count, max(oracle.SCORES_AT_ONCE, problem.kv_length))
     return BYTES_A_NUMBER * numbers + BYTES_A_SCORE_AT_ONCE * at_once + masks
 

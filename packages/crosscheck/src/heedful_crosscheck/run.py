@@ -1,6 +1,7 @@
 """Asks every backend every question, and has the answers judged."""
 
 import os
+import sys
 import time
 import warnings
 from collections import deque
@@ -8,24 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
 import jax
 import numpy as np
-import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no types
 
 import heedful
 from heedful.dispatch.registry import in_a_line
 from heedful.results import WrongResult
-from heedful_torch.crosscheck.ask import Refused, ask, ask_second, framework
-from heedful_torch.crosscheck.cases import Case, InputError
-from heedful_torch.crosscheck.question import Question
-from heedful_torch.crosscheck.second import directions, is_refusal, judge_second, right
-from heedful_torch.crosscheck.tolerance import Judgement
-from heedful_torch.crosscheck.yardstick import Tensors
-from heedful_torch.dlpack import CopyWarning, x64_is_enabled
+from heedful_crosscheck.ask import Refused, ask, ask_second, framework
+from heedful_crosscheck.callers import caller_of
+from heedful_crosscheck.cases import Case, InputError
+from heedful_crosscheck.question import Question
+from heedful_crosscheck.second import directions, is_refusal, judge_second, right
+from heedful_crosscheck.tolerance import Judgement
+from heedful_crosscheck.yardstick import Tensors
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -46,7 +47,7 @@ class Failure:
     """One thing that one backend got wrong, or, among `losses`, lost more digits of than it had to.
 
     Attributes:
-        tensor: "out", "lse", "dq", "dk", "dv" or "dbias"; None where the backend raised.
+        tensor: "out", "lse", or "dq" and so on; None where the backend raised.
         message: what, where and by how much.
         description: of the case, where its name does not say what is asked.
     """
@@ -114,13 +115,17 @@ def collect_outcomes(
         outcomes: where they are put, one after the other: what is known when the run is ended.
         progress: called with (done, total, what comes next).
     """
+    callers = {framework(name) for name in backends} | {case.caller for case in cases}
+    if "torch" in callers and find_spec("torch"):
+        caller_of("torch")  # imported now, so that its settings are among those that are kept
     settings = _Settings.now()
     pairs = [(case, dtype) for case in cases for dtype in _dtypes_of(case, dtypes)]
     # NumPy's products here are small: with threads of their own they wait for each other, a quarter of
     # the time. torch's and XLA's are left as they are.
     one_thread = threadpool_limits(1, user_api="blas")
     with one_thread, warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
-        warnings.simplefilter("ignore", CopyWarning)  # of arrays that lie oddly on purpose
+        # Of arrays that lie oddly on purpose.
+        warnings.filterwarnings("ignore", ".*(to_jax|was) copied", UserWarning)
         asked: deque[list[Future[Outcome]]] = deque()  # question by question
 
         def wait(most: int) -> None:
@@ -155,20 +160,15 @@ class _Settings:
     """What was set for the process when the run began; a backend may set it, and others come after."""
 
     folder: str
-    dtype: torch.dtype
-    recorded: bool
     x64: bool
     errors: dict[str, Any]
+    torch: tuple[Any, bool] | None
 
     @classmethod
     def now(cls) -> "_Settings":
-        return cls(
-            os.getcwd(),
-            torch.get_default_dtype(),
-            torch.is_grad_enabled(),
-            x64_is_enabled(),
-            dict(np.geterr()),
-        )
+        torch = sys.modules.get("torch")
+        of_torch = (torch.get_default_dtype(), torch.is_grad_enabled()) if torch else None
+        return cls(os.getcwd(), _x64_is_enabled(), dict(np.geterr()), of_torch)
 
     def outcome(self, name: str, question: Question) -> Outcome:
         """The outcome; afterwards all is set as before."""
@@ -176,11 +176,17 @@ class _Settings:
             return outcome(name, question)
         finally:
             os.chdir(self.folder)
-            torch.set_default_dtype(self.dtype)
-            torch.set_grad_enabled(self.recorded)
+            if self.torch is not None:
+                dtype, recorded = self.torch
+                sys.modules["torch"].set_default_dtype(dtype)
+                sys.modules["torch"].set_grad_enabled(recorded)
             np.seterr(**self.errors)
-            if x64_is_enabled() != self.x64:
+            if _x64_is_enabled() != self.x64:
                 jax.config.update("jax_enable_x64", self.x64)
+
+
+def _x64_is_enabled() -> bool:
+    return bool(jax.config.read("jax_enable_x64"))
 
 
 def is_asked(backend: str, case: Case) -> bool:
@@ -306,7 +312,7 @@ def _diagnose(
             return judgements, [(tensor, said + leak) for tensor, said in faults]
         faults = unpoisoned
     wrong = {tensor for tensor, _ in faults}
-    if with_lse and wrong and wrong <= {"dq", "dk", "dbias"}:
+    if with_lse and wrong and wrong.isdisjoint({"out", "lse", "dv"}):
         zero = np.zeros_like(question.lse_cotangent)
         answer = ask(name, question, question.inputs, True, lse_cotangent=zero)
         if not judge_all(question, answer, with_lse=False)[1]:

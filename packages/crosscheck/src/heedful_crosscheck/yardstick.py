@@ -86,7 +86,7 @@ def attend(
     out_cotangent: np.ndarray,
     lse_cotangent: np.ndarray,
 ) -> Tensors:
-    """out, lse, dq, dk, dv, and dbias where there is a bias, shaped like the operands.
+    """out, lse, and of each differentiable operand its gradient, dq and so on, of its shape.
 
     Args:
         arithmetic: how.
@@ -98,16 +98,14 @@ def attend(
     wide = np.dtype(problem.accumulator).type
     queries = out_cotangent.shape[:3]
     shapes = {"out": out_cotangent.shape, "lse": queries}
-    shapes |= {f"d{n}": getattr(operands, n).shape for n in "qkv"}
+    shapes |= {f"d{n}": x.shape for n, x in operands.differentiable.items()}
     tensors = {name: np.zeros(shape, wide) for name, shape in shapes.items()}
-    if operands.bias is not None:
-        tensors["dbias"] = np.zeros(operands.bias.shape, wide)
     for part in parts(problem, operands, wide):
         d_out, d_lse = (x[part.queries].astype(wide) for x in (out_cotangent, lse_cotangent))
         _attend_part(arithmetic, problem, part, d_out, d_lse, tensors)
-    rounded: dict[str, str | None] = dict.fromkeys(("out", "dq", "dk", "dv"), problem.dtype)
-    rounded["dbias"] = problem.bias_dtype
-    return {n: x.astype(rounded.get(n, wide)) for n, x in tensors.items()}
+    rounded = {f"d{n}": x.dtype for n, x in operands.differentiable.items()}
+    rounded |= {"out": operands.q.dtype, "lse": np.dtype(wide)}
+    return {n: x.astype(rounded[n]) for n, x in tensors.items()}
 
 
 def _attend_part(

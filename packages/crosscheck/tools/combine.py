@@ -1,9 +1,9 @@
-"""Makes `crosscheck/combinations.tsv`, the covering array of the crosscheck's cases.
+"""Makes `combinations.txt`, the covering array of the crosscheck's cases.
 
-Run it after a change of the factors or the rules in `crosscheck/combinations.py`:
+Run it after a change of the factors or the rules in `factors.py`:
 
     pip install --constraint constraints/py311.txt covertable
-    python packages/bridge-torch/tools/combine.py
+    python packages/crosscheck/tools/combine.py
 
 covertable (Apache 2.0, pure Python) looks for the rows, the same ones each time; they are written in the
 order in which each adds most pairs, so that the first few are the best few.
@@ -13,17 +13,11 @@ from pathlib import Path
 
 from covertable.main import Controller
 
-from heedful_torch.crosscheck import combinations
-from heedful_torch.crosscheck.combinations import (
-    FACTORS,
-    RULES,
-    TRIPLES,
-    VIEWS,
-    Choice,
-    pairs_of,
-)
+from heedful_crosscheck import combinations
+from heedful_crosscheck.combinations import pairs_of
+from heedful_crosscheck.factors import FACTORS, RULES, TRIPLES, VIEWS, Choice
 
-TABLE = Path(combinations.__file__).with_suffix(".tsv")
+TABLE = Path(combinations.__file__).with_suffix(".txt")
 
 
 def main() -> None:
@@ -37,8 +31,7 @@ def main() -> None:
             beside, [{"fields": [name, n], "strength": 2} for n in FACTORS if n != name], 1
         )
     ordered = _best_first(rows)
-    lines = ["\t".join(FACTORS), *("\t".join(row[n] for n in FACTORS) for row in ordered)]
-    TABLE.write_text("\n".join(lines) + "\n")
+    TABLE.write_text("".join(f"{combinations.written(row)}\n" for row in ordered))
     print(f"{len(rows)} rows, {combinations.pairs(rows)} pairs: {TABLE}")
 
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from heedful import Operands, Problem, oracle
 from heedful.call import Call
-from heedful_torch.crosscheck.cases import Case, InputError, Inputs
-from heedful_torch.crosscheck.tolerance import Standard
-from heedful_torch.crosscheck.yardstick import Arithmetic, Tensors, attend, best, lossy
+from heedful_crosscheck.cases import Case, InputError, Inputs
+from heedful_crosscheck.factors import AXES
+from heedful_crosscheck.tolerance import Standard
+from heedful_crosscheck.yardstick import Arithmetic, Tensors, attend, best, lossy
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,11 @@ class Question:
     def _answers(self, lse_cotangent: np.ndarray) -> Answers:
         cotangents = self.out_cotangent, lse_cotangent
         gradients = oracle.gradients(self.problem, self.operands, *cotangents).differentiable
-        right = self._forward | {f"d{name}": x for name, x in gradients.items()}
-        if "dbias" in right:
-            right["dbias"] = self.as_bias_came(right["dbias"])
+        right = self._forward | {f"d{n}": self.as_came(n, x) for n, x in gradients.items()}
 
         def by(arithmetic: Arithmetic) -> Tensors:
             tensors = attend(arithmetic, self.problem, self.operands, *cotangents)
-            if "dbias" in tensors:
-                tensors["dbias"] = self.as_bias_came(tensors["dbias"])
-            return tensors
+            return {n: self.as_came(n.removeprefix("d"), x) for n, x in tensors.items()}
 
         return Answers(right, *(tuple(map(by, orders(self.dtype))) for orders in (best, lossy)))
 
@@ -162,20 +159,22 @@ class Question:
         queries = np.zeros((p.batch, p.q_heads, p.q_length), bool)
         keys = np.zeros((p.batch, p.kv_heads, p.kv_length), bool)
         seeing, seen_keys = queries.copy(), keys.copy()
-        bias = self.operands.bias
-        scores = None if bias is None else np.zeros(bias.shape)
+        reached = {
+            f"d{n}": np.zeros(x.shape) if n not in AXES else np.ones(x.shape)
+            for n, x in self.operands.differentiable.items()
+            if n not in "qkv"
+        }
         for part in oracle.parts(p, self.operands, p.accumulator):
             weighed = part.seen if part.bias is None else part.seen & (part.bias != -np.inf)
             queries[part.queries] = weighed.any(-1)
             keys[part.keys] |= weighed.any(0)
             seeing[part.queries] = part.seen.any(-1)
             seen_keys[part.keys] |= part.seen.any(0)
-            if scores is not None:
-                oracle.add_over_broadcast(scores, part, weighed.astype(np.float64))
+            if "dbias" in reached:
+                oracle.add_over_broadcast(reached["dbias"], part, weighed.astype(np.float64))
+        reached = {n: self.as_came(n.removeprefix("d"), x) > 0 for n, x in reached.items()}
         queries, keys = queries[..., None], keys[..., None]
-        reached = {"out": queries, "lse": queries, "dq": queries, "dk": keys, "dv": keys}
-        if scores is not None:
-            reached["dbias"] = self.as_bias_came(scores) > 0
+        reached |= {"out": queries, "lse": queries, "dq": queries, "dk": keys, "dv": keys}
         return reached, seeing[..., None], seen_keys[..., None]
 
     @cached_property
@@ -197,11 +196,13 @@ class Question:
 
     @cached_property
     def uncancelled(self) -> dict[str, float]:
-        """RMS of the terms that dq, dk and dbias are sums of; out, LSE and dv do not cancel."""
+        """RMS of the terms that gradients are sums of; out, LSE and dv do not cancel."""
         q, k, v = (_rms(x) for x in self.operands[:3])
         d_weight = _rms(self.out_cotangent) * v * self.problem.value_dim**0.5
         d_product = d_weight * abs(self.problem.scale)
-        return {"dq": d_product * k, "dk": d_product * q, "dbias": d_weight}
+        options = (n for n in self.operands.differentiable if n not in "qkv")
+        found = {f"d{n}": d_weight for n in options}
+        return found | {"dq": d_product * k, "dk": d_product * q}
 
     # Between the call's rank and layout and (B, H, S, D)
 
@@ -217,23 +218,24 @@ class Question:
     @cached_property
     def operands(self) -> Operands:
         """The arrays of the call in canonical form."""
-        options = self.inputs.options
-        given = [n for n in ("mask", "bias") if options.get(n) is not None]
-        over_scores = {n: self.over_scores(n, options[n]) for n in given}
         q, k, v = (self._from_called(x) for x in (self.inputs.q, self.inputs.k, self.inputs.v))
-        lengths = {n: self._each_row(options.get(n)) for n in ("q_lengths", "kv_lengths")}
-        q_offset = self._each_row(options.get("q_offset"))
-        if q_offset is None and options.get("causal") == "top_left":
-            q_offset = self._each_row(0)
-        if q_offset is None:
-            real_queries, real_keys = lengths.values()
-            q_offset = self._each_row(k.shape[2] if real_keys is None else real_keys) - (
-                q.shape[2] if real_queries is None else real_queries
-            )
-        return Operands(q, k, v, **over_scores, **lengths, q_offset=q_offset)
+        arrays = self.inputs.arrays
+        rows = {n: self._each_row(x) for n, x in arrays.items() if AXES.get(n) == "b"}
+        others = {n: self.over_scores(n, x) for n, x in arrays.items() if n not in rows}
+        offset = rows.pop("q_offset", None)
+        if offset is None and isinstance(number := self.inputs.options.get("q_offset"), int):
+            offset = self._each_row(number)
+        if offset is None and self.inputs.options.get("causal") == "top_left":
+            offset = self._each_row(0)
+        if offset is None:
+            real_keys = rows.get("kv_lengths", self._each_row(k.shape[2]))
+            offset = real_keys - rows.get("q_lengths", self._each_row(q.shape[2]))
+        return Operands(q, k, v, **others, **rows, q_offset=offset)
 
     def over_scores(self, name: str, x: np.ndarray) -> np.ndarray:
-        """A mask or a bias → rank 4, each axis full or 1 of (B, Hq, Sq, Sk)."""
+        """An array option → rank 4, each axis full or 1 of (B, Hq, Sq, Sk)."""
+        if axes := AXES.get(name):
+            return self._by_axes(axes, x)
         if name == "mask" and len(self._lead) == 1 and x.shape == (*self._lead, self._kv_length):
             return x[:, None, None, :]
         x = x.reshape(*self._lead_of(x), *((1, 1, 1, *x.shape)[-3:]))
@@ -241,6 +243,13 @@ class Question:
             return x.reshape(1, *x.shape[-3:])
         whole = np.broadcast_to(x, (*(self._lead or (1,)), *x.shape[-3:]))
         return whole.reshape(math.prod(self._lead), *x.shape[-3:])
+
+    def _by_axes(self, axes: str, x: np.ndarray) -> np.ndarray:
+        """An array that has some axes of "bhqk" and no others."""
+        if "b" in axes:
+            own = x.shape[-(len(axes) - 1) :]
+            x = np.broadcast_to(x, (*self._lead, *own)).reshape(math.prod(self._lead), *own)
+        return np.expand_dims(x, [n for n, axis in enumerate("bhqk") if axis not in axes])
 
     @property
     def _kv_length(self) -> int:
@@ -250,22 +259,31 @@ class Question:
         """The leading axes of a mask or bias as it came, each full or 1."""
         return ((1,) * max(len(self._lead), 1) + x.shape[:-3])[-max(len(self._lead), 1) :]
 
-    def _each_row(self, x: np.ndarray | int | None) -> np.ndarray | None:
+    def _each_row(self, x: np.ndarray | int) -> np.ndarray:
         """Lengths or offsets → (B,), wide enough to be subtracted."""
-        if x is None:
-            return None
         wide = np.asarray(x).astype(np.int64)
         flat = np.broadcast_to(wide, self._lead) if wide.ndim == len(self._lead) else wide
         return np.broadcast_to(flat.reshape(-1), math.prod(self._lead))
 
-    def as_bias_came(self, x: np.ndarray) -> np.ndarray:
-        """dbias of the canonical bias → rank 4, summed where the bias was repeated to fill B."""
-        lead = self._lead_of(self.inputs.options["bias"])
+    def as_came(self, name: str, x: np.ndarray) -> np.ndarray:
+        """A canonical gradient of an option → rank 4, summed where the option was repeated to fill B.
+
+        Of q, k and v, and of what is no operand, as it is.
+        """
+        if name in AXES or name not in self.inputs.options:
+            return x
+        lead = self._lead_of(self.inputs.options[name])
         if x.shape[0] == math.prod(lead):
             return x
         x = x.reshape(*self._lead, *x.shape[1:])
         x = x.sum(tuple(axis for axis, size in enumerate(lead) if size == 1), keepdims=True)
         return x.reshape(math.prod(lead), *x.shape[-3:])
+
+    def gradient_as_called(self, name: str, x: np.ndarray) -> np.ndarray:
+        """A canonical gradient → the shape of what it is of, as called."""
+        if name in "qkv":
+            return self.as_called(x)
+        return self.as_came(name, x).reshape(self.inputs.options[name].shape)
 
     def as_called(self, x: np.ndarray) -> np.ndarray:
         """(B, H, S, D) → the rank and layout of the call."""
@@ -286,9 +304,9 @@ class Question:
     def canonical(self, tensors: Tensors) -> Tensors:
         """Tensors in the rank and layout of the call → (B, H, S, D), LSE (B, H, S)."""
         shapes = {"lse": self.lse_cotangent.shape}
-        if self.operands.bias is not None:
-            lead = self._lead_of(self.inputs.options["bias"])
-            shapes["dbias"] = (math.prod(lead), *self.operands.bias.shape[1:])
+        for name, x in self.operands.differentiable.items():
+            if name not in "qkv":
+                shapes[f"d{name}"] = self.as_came(name, np.broadcast_to(0.0, x.shape)).shape
         return {
             n: x.reshape(shapes[n]) if n in shapes else self._from_called(x)
             for n, x in tensors.items()
@@ -298,8 +316,7 @@ class Question:
         """Tensors whose shape or dtype breaks the contract, and how."""
         x = self.inputs
         like: Tensors = {"dq": x.q, "dk": x.k, "dv": x.v}
-        if "bias" in x.options:
-            like["dbias"] = x.options["bias"]
+        like |= {f"d{name}": option for name, option in x.arrays.items()}
         like["out"] = self.as_called(self.out_cotangent)
         like["lse"] = self.rows_as_called(self.lse_cotangent)
         return [

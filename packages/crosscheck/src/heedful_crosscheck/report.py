@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,13 +14,12 @@ from typing import Any
 import jax
 import jaxlib.version
 import numpy as np
-import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 import heedful
-from heedful_torch.crosscheck.run import Failure, Outcome
+from heedful_crosscheck.run import Failure, Outcome
 
 WIDTH = 130  # of the table where it is not printed to a terminal
 COLUMNS = ("out", "lse", "dq", "dk", "dv")
@@ -376,18 +376,20 @@ def _verdict_line(report: Report) -> Text:
 
 def environment() -> dict[str, Any]:
     """What may change a result: versions, machine, flags."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_available()
     return {
         "heedful": heedful.__version__,
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
-        "torch": torch.__version__,
+        "torch": torch and torch.__version__,  # where somebody imported it
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "jax_devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
-        "torch_cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch_cuda_device": torch.cuda.get_device_name() if torch and on_gpu else None,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from heedful import oracle
-from heedful_torch.crosscheck.question import Question
-from heedful_torch.crosscheck.tolerance import Errors, Judgement, measure
-from heedful_torch.crosscheck.yardstick import Tensors
+from heedful_crosscheck.question import Question
+from heedful_crosscheck.tolerance import Errors, Judgement, measure
+from heedful_crosscheck.yardstick import Tensors
 
 STEP = 1e-3
 
@@ -39,20 +39,21 @@ REFUSAL = re.compile(
 
 
 def directions(question: Question) -> Tensors:
-    """A standard normal direction for q, k and v, canonical, and for bias as called, if there is one."""
+    """A standard normal direction for q, k and v, canonical, and for other operands as called."""
     random = question.case.random(0, "direction")
-    x = question.operands
-    shaped: Tensors = {"q": x.q, "k": x.k, "v": x.v}
-    if x.bias is not None:
-        shaped["bias"] = question.inputs.options["bias"]
+    shaped = {
+        name: x if name in "qkv" else question.inputs.options[name]
+        for name, x in question.operands.differentiable.items()
+    }
     return {n: random.standard_normal(a.shape).astype(a.dtype) for n, a in shaped.items()}
 
 
 def right(question: Question, direction: Tensors, with_lse: bool) -> Tensors:
     """H u by five-point differences of the oracle's gradients, float64, canonical: d2q and so on."""
     e = question.lse_cotangent if with_lse else np.zeros_like(question.lse_cotangent)
-    if "bias" in direction:
-        direction = {**direction, "bias": question.over_scores("bias", direction["bias"])}
+    direction = {
+        name: u if name in "qkv" else question.over_scores(name, u) for name, u in direction.items()
+    }
     sums: dict[str, Any] = dict.fromkeys(direction, 0.0)
     for steps, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
         moved = {
@@ -65,9 +66,7 @@ def right(question: Question, direction: Tensors, with_lse: bool) -> Tensors:
         )
         for name in sums:
             sums[name] = sums[name] + weight * getattr(found, name)
-    if "bias" in sums:
-        sums["bias"] = question.as_bias_came(sums["bias"])
-    return {f"d2{n}": x / (12 * STEP) for n, x in sums.items()}
+    return {f"d2{n}": question.as_came(n, x) / (12 * STEP) for n, x in sums.items()}
 
 
 def judge_second(question: Question, got: Tensors, want: Tensors) -> dict[str, Judgement]:

@@ -1,0 +1,166 @@
+"""Puts a question to a backend the way a user would, from the framework whose arrays call."""
+
+from typing import Any
+
+import numpy as np
+
+from heedful import dispatch
+from heedful.call import Call
+from heedful.call.options import DIFFERENTIABLE
+from heedful_crosscheck.callers import Attend, Caller, Named, caller_of
+from heedful_crosscheck.cases import Inputs
+from heedful_crosscheck.layouts import LAYOUTS
+from heedful_crosscheck.question import Question
+from heedful_crosscheck.yardstick import Tensors
+
+
+class Refused(Exception):
+    """A backend gave reasons why it cannot answer; whatever comes later is no refusal.
+
+    Attributes:
+        reasons: all of them.
+    """
+
+    def __init__(self, reasons: tuple[str, ...]):
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
+def framework(backend: str) -> str:
+    """A backend's framework: "numpy", "jax" or "torch"."""
+    return backend.partition(":")[0]
+
+
+def ask(
+    backend: str,
+    question: Question,
+    inputs: Inputs,
+    with_lse: bool,
+    lse_cotangent: np.ndarray | None = None,
+    caller: Caller | None = None,
+) -> Tensors:
+    """out, lse where it is asked for, and the gradients, dq and so on, where the caller differentiates.
+
+    Args:
+        backend: its name.
+        question: what is asked.
+        inputs: the question's inputs, or its poisoned ones.
+        with_lse: whether LSE is asked for and differentiated.
+        lse_cotangent: (B, Hq, Sq), in place of the question's own.
+        caller: whose arrays call; None: the case's, or else the backend's own framework's.
+
+    Returns:
+        NumPy arrays in the rank and layout of the call.
+
+    Raises:
+        Refused: the backend cannot; and whatever it raises while it tries.
+    """
+    asked = _Asked(backend, question, inputs, with_lse, caller)
+    _check_accepted(asked)
+    cotangents = asked.cotangents(lse_cotangent)
+    results, found = asked.caller.pull_back(
+        asked.attend, asked.primals, asked.constants, cotangents
+    )
+    answer = dict(zip(("out", "lse"), map(asked.caller.to_numpy, results), strict=False))
+    if found is not None:
+        answer |= {f"d{n}": asked.caller.to_numpy(x) for n, x in found.items()}
+    elif framework(backend) == "numpy" and hasattr(asked.attend.instance.backend, "gradients"):
+        answer |= _own_gradients(asked, lse_cotangent)
+    asked.check_unwritten()
+    return answer
+
+
+def ask_second(
+    backend: str, question: Question, with_lse: bool, direction: Tensors
+) -> Tensors | None:
+    """The second derivatives along a direction: d2q and so on, as called.
+
+    Args:
+        backend: its name.
+        question: what is asked, with poison where nobody looks.
+        with_lse: whether LSE is asked for and differentiated.
+        direction: of q, k and v, in canonical form, and of options as called.
+
+    Returns:
+        NumPy arrays; None where the caller is NumPy, which differentiates nothing.
+
+    Raises:
+        whatever the backend raises, where it has none too.
+    """
+    asked = _Asked(backend, question, question.poisoned or question.inputs, with_lse)
+    along = {
+        n: asked.array(question.as_called(u) if n in "qkv" else u) for n, u in direction.items()
+    }
+    found = asked.caller.pull_back_twice(
+        asked.attend, asked.primals, asked.constants, asked.cotangents(), along
+    )
+    if found is None:
+        return None
+    return {f"d2{n}": asked.caller.to_numpy(x) for n, x in found.items()}
+
+
+class _Asked:
+    """A question's arrays in the caller's framework."""
+
+    def __init__(
+        self,
+        backend: str,
+        question: Question,
+        inputs: Inputs,
+        with_lse: bool,
+        caller: Caller | None = None,
+    ):
+        self.question, self.with_lse = question, with_lse
+        try:
+            self.caller = caller or caller_of(question.case.caller or framework(backend))
+        except LookupError as missing:
+            raise Refused((str(missing),)) from missing
+        self.given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.arrays}
+        arrays = {name: self.array(x) for name, x in self.given.items()}
+        self.primals: Named = {n: x for n, x in arrays.items() if n in DIFFERENTIABLE}
+        self.constants: Named = {n: x for n, x in arrays.items() if n not in DIFFERENTIABLE}
+        options = {n: x for n, x in inputs.options.items() if n not in arrays}
+        self.options = options | {"return_lse": with_lse}
+        self.attend = Attend.by(backend, self.options)
+
+    def array(self, x: np.ndarray) -> Any:
+        return self.caller.array(x, LAYOUTS[self.question.case.memory])
+
+    def cotangents(self, of_lse: np.ndarray | None = None) -> list[Any]:
+        """Of out, and of lse where it is asked for, in its rank and layout."""
+        question = self.question
+        of_lse = question.lse_cotangent if of_lse is None else of_lse
+        both = question.as_called(question.out_cotangent), question.rows_as_called(of_lse)
+        return [self.caller.array(x, LAYOUTS["packed"]) for x in both[: 1 + self.with_lse]]
+
+    def check_unwritten(self) -> None:
+        if self.caller.framework == "jax":  # whose arrays are immutable
+            return
+        for name, x in (self.primals | self.constants).items():
+            if self.caller.to_numpy(x).tobytes() != self.given[name].tobytes():
+                raise RuntimeError(f"the call wrote into {name}, which is the caller's")
+
+
+def _check_accepted(asked: _Asked) -> None:
+    """Raises `Refused` where the backend gives reasons, and what it raises instead of giving them."""
+    problem = Call.of(**asked.primals, **asked.constants, **asked.options).problem
+    instance = asked.attend.instance.backend
+    canonical = problem.compiled if framework(asked.attend.backend) == "jax" else problem
+    # Asked here, where what goes wrong in it is the backend's fault.
+    own = instance.reasons(canonical)
+    if isinstance(own, str) or not all(isinstance(reason, str) for reason in own):
+        raise TypeError(f"reasons must be a list of strings, and are of {type(own).__name__}")
+    if reasons := dispatch.reasons(instance, problem):
+        raise Refused(reasons)
+
+
+def _own_gradients(asked: _Asked, lse_cotangent: np.ndarray | None) -> Tensors:
+    """NumPy differentiates nothing: a NumPy backend's own `gradients` stand for it."""
+    question = asked.question
+    call = Call.of(**asked.primals, **asked.constants, **asked.options)
+    of_lse = question.lse_cotangent if lse_cotangent is None else lse_cotangent
+    found = asked.attend.instance.backend.gradients(
+        call.problem, call.operands, question.out_cotangent, of_lse * asked.with_lse
+    )
+    gradients = {n: getattr(found, n) for n in asked.primals}
+    return {f"d{n}": question.gradient_as_called(n, x) for n, x in gradients.items()}

@@ -1,0 +1,202 @@
+"""Whose arrays call: the frameworks, and how each differentiates what users get.
+
+What is judged is `heedful.attention` on arrays of the framework, and how that itself differentiates.
+Arrays get there and back through NumPy, not over the bridges, so that a fault of a bridge cannot hide
+one of a backend. NumPy and JAX are here; torch is in `torch_caller`, which alone imports it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import heedful
+from heedful_crosscheck.layouts import Layout
+
+Named = dict[str, Any]  # arrays of one framework
+Results = tuple[Any, ...]
+
+
+class Identity:
+    """A backend as part of a key: another one registered under the same name is another one."""
+
+    def __init__(self, backend: Any):
+        self.backend = backend
+
+    def __hash__(self) -> int:
+        return id(self.backend)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and self.backend is other.backend
+
+
+@dataclass(frozen=True)
+class Attend:
+    """`heedful.attention` by one backend with some options, as a function of arrays.
+
+    Attributes:
+        backend: its name.
+        instance: the backend itself.
+        options: those that are no arrays.
+    """
+
+    backend: str
+    instance: Identity
+    options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def by(cls, backend: str, options: Mapping[str, Any]) -> "Attend":
+        """The function of a backend's name."""
+        return cls(backend, Identity(heedful.backends()[backend]), tuple(options.items()))
+
+    def __call__(self, primals: Named, constants: Named) -> Results:
+        options = dict(self.options)
+        result = heedful.attention(**primals, **constants, **options, backend=self.backend)
+        return result if isinstance(result, tuple) else (result,)
+
+
+class Caller(Protocol):
+    """A framework from which heedful is called.
+
+    Attributes:
+        framework: its name.
+    """
+
+    framework: str
+
+    def array(self, x: np.ndarray, layout: Layout) -> Any:
+        """A copy of its own, laid out so where the framework knows strides."""
+        ...
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        """Its numbers."""
+        ...
+
+    def pull_back(
+        self, attend: Attend, primals: Named, constants: Named, cotangents: Sequence[Any]
+    ) -> tuple[Results, Named | None]:
+        """The results, and the gradients of the primals; None where nothing differentiates."""
+        ...
+
+    def pull_back_twice(
+        self,
+        attend: Attend,
+        primals: Named,
+        constants: Named,
+        cotangents: Sequence[Any],
+        along: Named,
+    ) -> Named | None:
+        """The gradients of Σ gradients · along; None where nothing differentiates."""
+        ...
+
+
+def caller_of(framework: str) -> Caller:
+    """The caller of a framework's name; torch's imports torch.
+
+    Raises:
+        LookupError: torch is not installed.
+    """
+    match framework:
+        case "numpy":
+            return NumpyCaller()
+        case "jax":
+            return JaxCaller()
+    if find_spec("torch") is None:
+        raise LookupError("the case calls from torch, which is not installed here")
+    from heedful_crosscheck.torch_caller import TorchCaller
+
+    return TorchCaller()
+
+
+class NumpyCaller:
+    """NumPy, which differentiates nothing."""
+
+    framework = "numpy"
+
+    def array(self, x: np.ndarray, layout: Layout) -> np.ndarray:
+        return layout.of(x, np.copy)
+
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def pull_back(
+        self, attend: Attend, primals: Named, constants: Named, cotangents: Sequence[Any]
+    ) -> tuple[Results, None]:
+        return attend(primals, constants), None
+
+    def pull_back_twice(self, *_: Any) -> None:
+        return None
+
+
+# A test compiles a program to run it once: what XLA and LLVM spend on making it fast never comes back.
+QUICKLY: tuple[tuple[str, Any], ...] = (
+    ("xla_backend_optimization_level", 0),
+    ("xla_llvm_disable_expensive_passes", True),
+)
+if jax.__version_info__ < (0, 11):  # later ones have no such option
+    QUICKLY = (*QUICKLY, ("xla_cpu_use_fusion_emitters", False))
+
+
+@dataclass(frozen=True)
+class JaxCaller:
+    """JAX, under `jit`.
+
+    Attributes:
+        compiler_options: of XLA; by default none, as users have it.
+    """
+
+    compiler_options: tuple[tuple[str, Any], ...] = ()
+
+    framework = "jax"
+
+    def array(self, x: np.ndarray, layout: Layout) -> jax.Array:
+        return jnp.asarray(x)  # without strides
+
+    def to_numpy(self, x: jax.Array) -> np.ndarray:
+        return np.asarray(x)
+
+    def pull_back(
+        self, attend: Attend, primals: Named, constants: Named, cotangents: Sequence[Any]
+    ) -> tuple[Results, Named]:
+        return _pull_back(attend, self.compiler_options)(primals, constants, list(cotangents))
+
+    def pull_back_twice(
+        self,
+        attend: Attend,
+        primals: Named,
+        constants: Named,
+        cotangents: Sequence[Any],
+        along: Named,
+    ) -> Named:
+        def projected(primals: Named, constants: Named, cotangents: list[Any]) -> jax.Array:
+            _, gradients = _pulled_back(attend, primals, constants, cotangents)
+            wide = jnp.float64 if primals["q"].dtype == jnp.float64 else jnp.float32
+            return sum((gradients[n].astype(wide) * along[n].astype(wide)).sum() for n in along)
+
+        return jax.jit(jax.grad(projected))(primals, constants, list(cotangents))
+
+
+@lru_cache(maxsize=24)  # for cases that share a shape, and other seeds; each holds megabytes
+def _pull_back(
+    attend: Attend, options: tuple[tuple[str, Any], ...]
+) -> Callable[..., tuple[Results, Named]]:
+    """Results and gradients in one: compiled together they take half as long as apart."""
+
+    def run(primals: Named, constants: Named, cotangents: list[Any]) -> tuple[Results, Named]:
+        return _pulled_back(attend, primals, constants, cotangents)
+
+    return jax.jit(run, compiler_options=dict(options) or None)
+
+
+def _pulled_back(
+    attend: Attend, primals: Named, constants: Named, cotangents: list[Any]
+) -> tuple[Results, Named]:
+    results, pull = jax.vjp(lambda primals: attend(primals, constants), primals)
+    pairs = zip(cotangents, results, strict=True)
+    (gradients,) = pull(tuple(c.astype(x.dtype) for c, x in pairs))
+    return results, gradients

@@ -1,0 +1,225 @@
+"""What an attention call can vary in: the factors, their values, and what goes with what.
+
+Sizes, dtypes, callers and memory layouts are factors as options are. An option added tomorrow gets its
+factor here, and with it cases beside everything else (`combinations`) and in the contract's test.
+"""
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from heedful_crosscheck.recipes import (
+    Integers,
+    RandomBias,
+    RandomMask,
+    Real,
+    floor_bias,
+    hiding_bias,
+    inner,
+    key_padding,
+    mask_with_empty_rows,
+    outer,
+)
+
+Row = Mapping[str, str]  # a value of each factor
+Choice = dict[str, tuple[str, ...]]  # of some factors, some values
+
+# Of each batch row, which part of a sequence is real.
+SOME, ZERO = (0.7, 1.0, 0.35, 0.9, 0.5, 0.2), (0.8, 0.0, 1.0, 0.4, 0.0, 0.6)
+
+
+def _pairs(by: str, *pairs: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    return {f"{a}{by}{b}": (a, b) for a, b in pairs}
+
+
+def _numbers(*numbers: int) -> dict[str, int]:
+    return {str(n): n for n in numbers}
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+# Of each factor its values and what they mean, the plainest first, which a description leaves out. A
+# factor with an option's name is that option; None: it is not passed; a recipe makes an array.
+FACTORS: dict[str, dict[str, Any]] = {
+    "lengths": _pairs(
+        "x", (70, 133), (70, 70), (133, 70), (64, 64), (128, 128), (256, 256), (64, 192), (3, 5),
+        (1, 1), (1, 133), (1, 4160), (33, 2100), (2100, 33), (1031, 1300),
+    ),
+    "head_dim": _numbers(32, 1, 20, 64, 128, 256),
+    "value_dim": _same("same", "smaller", "larger"),
+    "heads": _pairs("/", (4, 4), (1, 1), (4, 2), (6, 2), (8, 1), (16, 2)),
+    "batch": _numbers(2, 1, 6),
+    "dtype": _same("float32", "bfloat16", "float16", "float64"),
+    "caller": {"own": None, "jax": "jax", "torch": "torch", "numpy": "numpy"},
+    "return_lse": {"yes": True, "no": False},
+    "rank": _numbers(4, 2, 3, 5),
+    "layout": {"bhsd": None, "bshd": "bshd"},
+    "memory": _same("packed", "transposed", "columns", "strided", "sliced", "expanded"),
+    "causal": {"no": None, "yes": True, "top_left": "top_left"},
+    "window": {
+        "none": None, "left": (9, None), "both": (9, 4), "right": (None, 4), "self": (0, 0),
+    },
+    "q_offset": {
+        "default": None, "11": 11, "-5": -5, "scalar": Integers(7),
+        # before, among and behind the keys
+        "each": Integers((3, -20, 40, 0, 11, 90)),
+    },
+    "q_lengths": {"none": None, "some": Real(SOME, "q"), "zero": Real(ZERO, "q")},
+    "kv_lengths": {"none": None, "some": Real(SOME, "k"), "zero": Real(ZERO, "k")},
+    "mask": {
+        "none": None,
+        "padding": key_padding,
+        "full": RandomMask("bhqk"),
+        "shared": RandomMask("qk"),
+        "heads": RandomMask("hk"),
+        "batch": RandomMask("bk"),
+        "outer": outer(RandomMask("bk")),
+        "queries": RandomMask("bq"),
+        "head-rows": RandomMask("hqk"),
+        "empty-rows": mask_with_empty_rows,
+    },
+    "bias": {
+        "none": None,
+        "full": RandomBias("bhqk"),
+        "shared": RandomBias("qk"),
+        "heads": RandomBias("hk"),
+        "batch": RandomBias("bk"),
+        "inner": inner(RandomBias("bhqk")),
+        "rows": RandomBias("bq"),
+        "hiding": hiding_bias,
+        "floor": floor_bias,
+    },
+    "bias_dtype": _same("q's", "accumulator"),
+    "scale": {"default": None, "0.3": 0.3, "-0.2": -0.2, "0": 0.0},
+    "softcap": {"none": None, "1.5": 1.5, "30": 30.0},
+    "logits": _same("usual", "large", "above", "below"),
+}  # fmt: skip
+
+# The options among them.
+OPTIONS = (
+    "layout", "causal", "window", "q_offset", "q_lengths", "kv_lengths", "mask", "bias", "scale",
+    "softcap",
+)  # fmt: skip
+
+# Which axes of (B, Hq, Sq, Sk) an array option has; of one that is not here, all, each full or 1.
+AXES = {"q_offset": "b", "q_lengths": "b", "kv_lengths": "b"}
+
+# Of these any three values stand together too: they cost few rows, and kernels branch on them.
+TRIPLES = (
+    (
+        "dtype", "head_dim", "causal", "window", "layout", "q_lengths", "kv_lengths", "softcap",
+    ),
+    ("dtype", "causal", "mask"),
+    ("dtype", "causal", "bias"),
+    ("dtype", "causal", "heads"),
+    ("dtype", "head_dim", "value_dim"),
+    ("dtype", "layout", "memory"),
+    ("dtype", "layout", "rank"),
+    ("dtype", "layout", "caller"),
+    ("layout", "memory", "rank"),
+    ("layout", "heads", "kv_lengths"),
+    ("causal", "window", "q_offset"),
+    ("q_lengths", "kv_lengths", "q_offset"),
+)  # fmt: skip
+
+TRIPLED = tuple({names for factors in TRIPLES for names in combinations(factors, 3)})
+
+# In rows with one of these less is judged, so that they prove nothing about any other pair.
+VIEWS: Choice = {"caller": ("numpy",), "return_lse": ("no",)}
+
+
+class Rule(NamedTuple):
+    """A row that has one of the values `where` has one of the values of some factor of `must`."""
+
+    where: Choice
+    must: Choice
+    why: str
+
+
+def _but(factor: str, *values: str) -> tuple[str, ...]:
+    return tuple(value for value in FACTORS[factor] if value not in values)
+
+
+LONG = ("1x4160", "33x2100", "2100x33", "1031x1300")
+RULES = (
+    Rule({"rank": ("2",)}, {"heads": ("1/1",)}, "(S, D) has one head"),
+    Rule({"rank": ("2", "3")}, {"batch": ("1",)}, "without a batch axis there is one"),
+    Rule({"mask": ("padding",)}, {"rank": ("4",)}, "the form (B, Sk) goes with rank 4"),
+    Rule({"mask": ("outer",), "bias": ("inner",)}, {"rank": ("5",)}, "one of two leading axes"),
+    Rule({"mask": ("outer",), "bias": ("inner",)}, {"batch": ("6",)}, "both of them larger than 1"),
+    Rule(
+        {"q_offset": _but("q_offset", "default")},
+        {"causal": ("yes",), "window": _but("window", "none")},
+        "an offset places queries for causal or a window",
+    ),
+    Rule(
+        {"q_offset": _but("q_offset", "default")},
+        {"causal": ("no", "yes")},
+        "top_left is an offset",
+    ),
+    Rule({"bias_dtype": ("accumulator",)}, {"bias": _but("bias", "none")}, "of which bias?"),
+    Rule(
+        {"bias_dtype": ("accumulator",)},
+        {"dtype": ("bfloat16", "float16")},
+        "elsewhere it is q's dtype",
+    ),
+    Rule(
+        {"memory": ("expanded",)},
+        {
+            "mask": ("shared", "heads", "batch", "outer", "queries", "head-rows"),
+            "bias": _but("bias", "none", "full"),
+        },
+        "something has an axis of 1 to be expanded",
+    ),
+    Rule(
+        {"scale": ("0",)},
+        {"logits": ("usual", "large")},
+        "no logit is far from 0 with a scale of 0",
+    ),
+    Rule(
+        {"value_dim": ("smaller",)},
+        {"head_dim": _but("head_dim", "1")},
+        "nothing is smaller than 1",
+    ),
+    Rule(
+        {"logits": ("above", "below")},
+        {"softcap": ("none", "30")},
+        "a cap of 1.5 flattens logits near 100, and no gradient is left",
+    ),
+    Rule(
+        {"logits": ("above", "below")},
+        {"dtype": ("float32", "float64"), "head_dim": _but("head_dim", "1")},
+        "keys of one number, all nearly alike: half precision leaves nothing of dq, their differences",
+    ),
+    Rule(
+        {"q_lengths": ("zero",), "kv_lengths": ("zero",)},
+        {"batch": ("2", "6")},
+        "of one row with nothing in it there is nothing to judge",
+    ),
+    Rule(
+        {"lengths": ("1x1", "3x5", "1x133", "1x4160")},
+        {"q_offset": _but("q_offset", "-5")},
+        "so few queries would all stand before the first key",
+    ),
+    Rule(
+        {"lengths": ("1x1", "3x5", "2100x33", "1x4160")},
+        {"q_offset": ("default",)},
+        "so few keys are soon behind all queries, and so few queries behind all keys",
+    ),
+    Rule(
+        {"mask": ("empty-rows",)},
+        {"window": _but("window", "self")},
+        "one query sees itself, and the last keys are hidden",
+    ),
+    Rule(
+        {"window": ("self",)},
+        {"lengths": _but("lengths", "1x1", "1x133", "1x4160")},
+        "one query that may see one key soon sees none",
+    ),
+    Rule({"lengths": LONG}, {"batch": ("1", "2")}, "time and memory"),
+    Rule({"lengths": ("1031x1300",)}, {"heads": ("1/1", "4/2")}, "time and memory"),
+    Rule({"lengths": ("1031x1300",)}, {"head_dim": _but("head_dim", "256")}, "time and memory"),
+    Rule({"caller": ("numpy",)}, {"return_lse": ("yes",)}, "one view at a time"),
+)
