@@ -105,6 +105,11 @@ def lengths(*values):
     return np.array(values, np.int32)
 
 
+def segments(of_queries, of_keys):
+    ids = {"q_segment_ids": of_queries, "kv_segment_ids": of_keys}
+    return {name: np.array(x, np.int32) for name, x in ids.items()}
+
+
 def _cases_of(dtype):
     """What every other dtype goes through; even sizes, which kernels of the half ones ask for."""
     sizes = {"dtype": dtype, "Sq": 6, "Sk": 8}
@@ -204,6 +209,31 @@ CASES = [
         q_lengths=lengths(5, 1),
     ),
     case("lengths, causal", "one number", causal=True, q_offset=2, kv_lengths=lengths(7, 4)),
+    case("segments", "packed", **segments([[0, 0, 1, 1, 2]] * 2, [[0, 0, 0, 1, 1, 2, 2]] * 2)),
+    case(
+        "segments", "each row its own", **segments([[0] * 5, [0, 0, 1, 1, 1]], [[0] * 7, [1] * 7])
+    ),
+    case(
+        "segments",
+        "mixed, causal",
+        causal=True,
+        **segments([[1, 0, 1, 2, 0]], [[0, 1, 1, 0, 2, 1, 0]]),
+    ),
+    case(
+        "segments",
+        "grouped, mask",
+        Hq=4,
+        mask=hidden(2, 4, 5, 7),
+        **segments([[3, 3, 1, 1, 9]], [[3] * 3 + [1] * 4]),
+    ),
+    case(
+        "segments",
+        "several hundred",
+        B=1,
+        Sq=300,
+        Sk=310,
+        **segments([np.arange(300) // 70], [np.arange(310) // 70]),
+    ),
     case(
         "together",
         "everything",
@@ -261,6 +291,13 @@ FORMS = [
         bias=normal(2, 1, 2, 5, 7),
         causal=True,
         kv_lengths=np.array([[7], [4]]),
+    ),
+    case("layout", "rank 2, segments", Hq=None, **segments([0, 0, 1, 1, 1], [0, 1, 1, 1, 0, 1, 1])),
+    case(
+        "layout",
+        "rank 5, segments",
+        B=(2, 3),
+        **segments([[[0, 0, 1, 1, 1]], [[1] * 5]], [0, 1, 1, 1, 0, 1, 1]),
     ),
     case("layout", "rank 5, lengths", B=(2, 3), kv_lengths=np.array([[1, 2, 3], [7, 5, 0]])),
     case("scale", "one", scale=1),
@@ -320,6 +357,7 @@ def combinations(draw):
         "q_lengths": lambda: lengths(*(draw(st.integers(0, Sq)) for _ in range(B))),
         "kv_lengths": lambda: lengths(*(draw(st.integers(0, Sk)) for _ in range(B))),
         "mask": lambda: hidden(*shape()),
+        "segments": lambda: draw(st.integers(1, 3)),
         "bias": lambda: normal(*shape()),
         "scale": lambda: draw(st.sampled_from([0.25, 2.0])),
         "softcap": lambda: draw(st.sampled_from([0.5, 20.0])),
@@ -327,6 +365,9 @@ def combinations(draw):
     }
     chosen = draw(st.sets(st.sampled_from(sorted(maybe)), max_size=6))
     options = {name: maybe[name]() for name in sorted(chosen)}
+    if most := options.pop("segments", None):
+        ids = ([[n % (most + 1) for n in range(length)]] * B for length in (Sq, Sk))
+        options |= segments(*ids)
     return case("random", "", **sizes, **reference.without_idle_offset(options))
 
 

@@ -56,6 +56,8 @@ def _canonical(
     q_offset=None,
     q_lengths=None,
     kv_lengths=None,
+    q_segment_ids=None,
+    kv_segment_ids=None,
     scale=None,
     softcap=None,
 ):
@@ -80,6 +82,9 @@ def _canonical(
     bias = _whole(np.zeros(()) if bias is None else bias, scores, lead)
 
     j = np.arange(kv_length)
+    if q_segment_ids is not None:
+        q_segment_ids = np.broadcast_to(q_segment_ids, (*lead, q_length)).reshape(batch, q_length)
+        kv_segment_ids = np.broadcast_to(kv_segment_ids, (*lead, kv_length)).reshape(batch, -1)
 
     def sees(b, h, i):
         p = i + q_offset[b]
@@ -90,6 +95,7 @@ def _canonical(
             & (i < q_lengths[b])
             & (j < kv_lengths[b])
             & mask[b, h, i]
+            & (True if q_segment_ids is None else q_segment_ids[b, i] == kv_segment_ids[b])
             & (bias[b, h, i] > -np.inf)
         )
 

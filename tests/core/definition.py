@@ -15,6 +15,8 @@ def visible_by_definition(
     q_lengths=None,
     kv_lengths=None,
     mask=None,
+    q_segment_ids=None,
+    kv_segment_ids=None,
 ):
     """Boolean (B, Hq, Sq, Sk); the options as of `heedful.attention`, a mask of rank 4."""
     answer = np.zeros((batch, q_heads, q_length, kv_length), bool)
@@ -36,6 +38,7 @@ def visible_by_definition(
                         and (not causal or j <= i + offset)
                         and (window is None or window[0] is None or j >= i + offset - window[0])
                         and (window is None or window[1] is None or j <= i + offset + window[1])
+                        and (q_segment_ids is None or q_segment_ids[b, i] == kv_segment_ids[b, j])
                         and (mask is None or _at(mask, b, h, i, j))
                     )
     return answer

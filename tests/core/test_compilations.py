@@ -26,6 +26,10 @@ def gradient(convert, **options):
 NEW_VALUES = {
     "q_offset, a number": [{"causal": True, "q_offset": n} for n in (3, 5, -2, np.int64(0), 8)],
     "q_offset, an array": [{"window": (2, 2), "q_offset": np.array([n, 1])} for n in (3, 5, 8)],
+    "segment ids": [
+        {"q_segment_ids": np.full((2, 3), n), "kv_segment_ids": np.arange(22).reshape(2, 11) // n}
+        for n in (1, 2, 5)
+    ],
     "lengths": [{"causal": True, "kv_lengths": np.array([n, 11])} for n in (3, 0, 11)],
 }
 

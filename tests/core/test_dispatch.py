@@ -581,6 +581,8 @@ ASKING = {
     "q_offset": {"causal": True, "q_offset": 1},
     "q_lengths": {"q_lengths": jnp.array([2])},
     "kv_lengths": {"kv_lengths": jnp.array([2])},
+    "q_segment_ids": dict.fromkeys(("q_segment_ids", "kv_segment_ids"), jnp.zeros((1, 3), int)),
+    "kv_segment_ids": dict.fromkeys(("q_segment_ids", "kv_segment_ids"), jnp.zeros((1, 3), int)),
     "scale": {"scale": 1.0},
     "softcap": {"softcap": 1.0},
     "return_lse": {"return_lse": True},

@@ -457,6 +457,20 @@ def test_tiles_seen_are_exactly_those_with_a_visible_pair(
                 assert all(rows[:, j * other : (j + 1) * other].any() for j in visited)
 
 
+def test_of_packed_sequences_the_tiles_of_each_are_visited_alone():
+    ids = np.repeat([0, 1, 2, 3], 40)[None]
+    q = np.zeros((1, 1, 160, 1))
+    call = Call.of(q, q, q, q_segment_ids=ids, kv_segment_ids=ids)
+    operands = jax.tree.map(jnp.asarray, call.operands)
+    for seen in (keys_seen, queries_seen):
+        visited = 0
+        for i in range(8):
+            found = seen(call.problem, operands, Tiles(1, 1, 20, 20), jnp.int32(20 * i))
+            assert (int(found.first), int(found.end)) == (i // 2 * 2, i // 2 * 2 + 2)
+            visited += int(found.end) - int(found.first)
+        assert visited == 16  # of 64: Σ Sq·Sk of the sequences
+
+
 @given(
     batch=st.integers(1, 200),
     kv_heads=st.integers(1, 40),

@@ -33,7 +33,7 @@ WRONG = {
         {"color": "red"},
         TypeError,
         "unknown option 'color'. The options are mask, bias, causal, window, q_offset, q_lengths, "
-        "kv_lengths, scale, softcap, layout, return_lse.",
+        "kv_lengths, q_segment_ids, kv_segment_ids, scale, softcap, layout, return_lse.",
     ),
     "SDPA's name": (
         {"attn_mask": TRUE},
@@ -131,6 +131,29 @@ WRONG = {
         {"kv_lengths": zeros(2)},
         TypeError,
         "kv_lengths must hold integers. Got float32. Cast it to int32.",
+    ),
+    "float segment ids": (
+        {"q_segment_ids": zeros(2, 5), "kv_segment_ids": zeros(2, 7)},
+        TypeError,
+        "q_segment_ids must hold integers. Got float32. Cast it to int32.",
+    ),
+    "segment ids of the queries alone": (
+        {"q_segment_ids": np.zeros((2, 5), int)},
+        ValueError,
+        "q_segment_ids and kv_segment_ids go together: a query sees the keys of its own segment. Got "
+        "q_segment_ids alone. For self attention pass one array as both.",
+    ),
+    "segment ids of another length": (
+        {"q_segment_ids": np.zeros((2, 7), int), "kv_segment_ids": np.zeros((2, 7), int)},
+        ValueError,
+        "q_segment_ids must have one number for each token, shape (2, 5), each axis full or 1. "
+        "Got (2, 7).",
+    ),
+    "segment ids beyond int32": (
+        {"q_segment_ids": np.zeros((2, 5), int), "kv_segment_ids": np.full((2, 7), 2**31)},
+        ValueError,
+        "kv_segment_ids must fit an int32. Got numbers from 2147483648 to 2147483648. Number the "
+        "segments from 0.",
     ),
     # shapes
     "layout": (
@@ -472,8 +495,10 @@ def test_leading_axes_broadcast_one_by_one(framework):
         "q_lengths": np.array([[5], [3]]),
         "kv_lengths": np.array([5, 4, 2]),
         "q_offset": np.array([[0, 1, 2]]),
+        "q_segment_ids": rng.integers(0, 2, (2, 1, 5)),
+        "kv_segment_ids": rng.integers(0, 2, (3, 5)),
     }
-    shapes = [(2, 3, 1, 1, 5), (2, 3, 2, 5, 5), (2, 3), (2, 3), (2, 3)]
+    shapes = [(2, 3, 1, 1, 5), (2, 3, 2, 5, 5), *[(2, 3)] * 3, *[(2, 3, 5)] * 2]
     whole = {
         n: np.broadcast_to(x, shape) for (n, x), shape in zip(given.items(), shapes, strict=True)
     }

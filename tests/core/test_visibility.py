@@ -35,6 +35,10 @@ def visibility_options(draw):
         shape = [draw(st.sampled_from([1, full])) for full in (B, HQ, SQ, SK)]
         random = np.random.default_rng(draw(st.integers(0, 99)))
         options["mask"] = random.random(shape) < 0.7
+    if draw(st.booleans()):
+        for name, length in (("q_segment_ids", SQ), ("kv_segment_ids", SK)):
+            ids = st.lists(st.integers(0, 2), min_size=B * length, max_size=B * length)
+            options[name] = np.array(draw(ids), np.int32).reshape(B, length)
     return without_idle_offset(options)
 
 
@@ -44,13 +48,13 @@ def ask(xp, options, rows=slice(0, SQ), columns=slice(0, SK)):
     options = {n: xp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
     call = Call.of(q, k, k, **options)
     problem, operands = call.problem, call.operands
-    mask = operands.mask
-    if mask is not None:
-        mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
-        mask = mask if mask.shape[3] == 1 else mask[:, :, :, columns]
+    for name, x in operands.over_scores.items():
+        x = x if x.shape[2] == 1 else x[:, :, rows]
+        x = x if x.shape[3] == 1 else x[:, :, :, columns]
+        operands = operands._replace(**{name: x})
     place = Place.whole(problem, xp.arange)
     place = place._replace(rows=place.rows[rows], columns=place.columns[columns])
-    answer = visible(problem, operands._replace(mask=mask), place)
+    answer = visible(problem, operands, place)
     tile = (B, HQ, len(place.rows), len(place.columns))
     return np.broadcast_to(True if answer is None else np.asarray(answer), tile)
 

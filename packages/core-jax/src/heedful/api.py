@@ -27,6 +27,8 @@ def attention(
     q_offset: int | Array | None = None,
     q_lengths: Array | None = None,
     kv_lengths: Array | None = None,
+    q_segment_ids: Array | None = None,
+    kv_segment_ids: Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     layout: Literal["bhsd", "bshd"] = "bhsd",
@@ -54,6 +56,9 @@ def attention(
             compiles anew.
         q_lengths: (B,) integers, how many queries of each batch row are real.
         kv_lengths: (B,) integers, how many keys of each batch row are real.
+        q_segment_ids: (B, Sq) integers, of which segment each query is; it sees that one's keys alone,
+            as of several sequences that are packed into one row.
+        kv_segment_ids: (B, Sk) integers, of which segment each key is.
         scale: factor of the scores, D^-½ by default.
         softcap: c of c·tanh(s/c), applied before bias.
         layout: "bhsd" (PyTorch SDPA, ONNX) or "bshd" (jax.nn, flash-attn), for q, k, v and out.
@@ -75,6 +80,8 @@ def attention(
         "q_offset": q_offset,
         "q_lengths": q_lengths,
         "kv_lengths": kv_lengths,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
         "scale": scale,
         "softcap": softcap,
         "layout": layout,

@@ -29,6 +29,8 @@ FEATURES = frozenset(
         "q_offset",
         "q_lengths",
         "kv_lengths",
+        "q_segment_ids",
+        "kv_segment_ids",
         "scale",
         "softcap",
         "return_lse",
@@ -210,6 +212,12 @@ def sees(problem: Problem, operands: Operands, queries: tuple[int, int, slice]) 
         seen &= place - key <= back
     if ahead is not None:
         seen &= key - place <= ahead
+    if operands.q_segment_ids is not None and operands.kv_segment_ids is not None:
+        of_queries, of_keys = (
+            operands.q_segment_ids[b, 0, rows, 0],
+            operands.kv_segment_ids[b, 0, 0],
+        )
+        seen &= np.equal.outer(of_queries, of_keys)
     if operands.mask is not None:
         seen &= np.asarray(operands.mask)[_broadcast_index(operands.mask, queries)]
     return seen

@@ -13,6 +13,7 @@ from heedful_crosscheck.recipes import (
     RandomBias,
     RandomMask,
     Real,
+    Segments,
     floor_bias,
     hiding_bias,
     inner,
@@ -91,6 +92,11 @@ FACTORS: dict[str, dict[str, Any]] = {
         "hiding": hiding_bias,
         "floor": floor_bias,
     },
+    "segments": {
+        "none": None,
+        "packed": {"q_segment_ids": Segments("q"), "kv_segment_ids": Segments("k")},
+        "mixed": {"q_segment_ids": Segments("q", True), "kv_segment_ids": Segments("k", True)},
+    },
     "bias_dtype": _same("q's", "accumulator"),
     "scale": {"default": None, "0.3": 0.3, "-0.2": -0.2, "0": 0.0},
     "softcap": {"none": None, "1.5": 1.5, "30": 30.0},
@@ -99,12 +105,15 @@ FACTORS: dict[str, dict[str, Any]] = {
 
 # The options among them.
 OPTIONS = (
-    "layout", "causal", "window", "q_offset", "q_lengths", "kv_lengths", "mask", "bias", "scale",
-    "softcap",
+    "layout", "causal", "window", "q_offset", "q_lengths", "kv_lengths", "mask", "bias", "segments",
+    "scale", "softcap",
 )  # fmt: skip
 
 # Which axes of (B, Hq, Sq, Sk) an array option has; of one that is not here, all, each full or 1.
-AXES = {"q_offset": "b", "q_lengths": "b", "kv_lengths": "b"}
+AXES = {
+    "q_offset": "b", "q_lengths": "b", "kv_lengths": "b",
+    "q_segment_ids": "bq", "kv_segment_ids": "bk",
+}  # fmt: skip
 
 # Of these any three values stand together too: they cost few rows, and kernels branch on them.
 TRIPLES = (
@@ -217,6 +226,11 @@ RULES = (
         {"window": ("self",)},
         {"lengths": _but("lengths", "1x1", "1x133", "1x4160")},
         "one query that may see one key soon sees none",
+    ),
+    Rule(
+        {"segments": ("packed", "mixed")},
+        {"lengths": _but("lengths", "1x1", "1x133", "1x4160")},
+        "one query of one segment is soon behind its keys",
     ),
     Rule({"lengths": LONG}, {"batch": ("1", "2")}, "time and memory"),
     Rule({"lengths": ("1031x1300",)}, {"heads": ("1/1", "4/2")}, "time and memory"),

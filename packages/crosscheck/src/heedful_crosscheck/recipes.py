@@ -211,3 +211,23 @@ class Real:
     def __call__(self, random: np.random.Generator, sizes: Sizes) -> np.ndarray:
         longest = sizes.scores["bhqk".index(self.axis)]
         return np.ceil(np.array(self.parts[: sizes.batch]) * longest).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """(B, S) segment ids along an axis of "bhqk", as many segments for queries as for keys.
+
+    Attributes:
+        axis: whose.
+        mixed: whether they come in any order; else one after the other, as sequences are packed.
+    """
+
+    axis: str
+    mixed: bool = False
+
+    def __call__(self, random: np.random.Generator, sizes: Sizes) -> np.ndarray:
+        length = sizes.scores["bhqk".index(self.axis)]
+        rows = np.arange(sizes.batch)[:, None]
+        packed = np.arange(length) * (2 + rows % 3) // length  # 2, 3 or 4 of them in a row
+        ids = random.permuted(packed, axis=1) if self.mixed else packed
+        return ids.astype(np.int32)

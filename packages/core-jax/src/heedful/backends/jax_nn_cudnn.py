@@ -13,6 +13,7 @@ from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.compiled import compiled
+from heedful.rules.visibility import hiding
 
 
 class CudnnBackend:
@@ -63,7 +64,7 @@ class CudnnBackend:
         return reasons
 
     def score_bytes(self, problem: Problem) -> int:
-        hidden = problem.positional or problem.mask_shape or problem.q_lengths or problem.kv_lengths
+        hidden = problem.positional or hiding(problem)
         builds = problem.bias_shape or (hidden and not _native(problem))
         return 2 * problem.score_count if builds else 0
 
@@ -89,7 +90,7 @@ class CudnnBackend:
 def _native(problem: Problem) -> bool:
     """Whether cuDNN needs no bias: all keys are seen, or what lengths and a top-left diagonal leave."""
     top_left = problem.band == (None, 0) and problem.q_offset == 0
-    biased = problem.bias_shape is not None or problem.mask_shape is not None
+    biased = problem.bias_shape is not None or hiding(problem).keys() - {"q_lengths", "kv_lengths"}
     return not biased and (top_left or not problem.positional)
 
 

@@ -59,6 +59,10 @@ class Form:
             x = broadcast_to(x, self.lead or (1,))
         return as_int32(x.reshape(-1))
 
+    def tokens(self, x: Array, length: int) -> Array:
+        """Integers broadcastable to (*lead, length) → int32 (B, length)."""
+        return as_int32(broadcast_to(x, (*self.lead, length)).reshape(self.batch, length))
+
     def out(self, x: Array) -> Array:
         """(B, Hq, Sq, Dv) → what the caller gets."""
         if self.rank == 2:

@@ -22,6 +22,8 @@ class Operands(NamedTuple):
         q_lengths: int32, (B,).
         kv_lengths: int32, (B,).
         q_offset: int32, (B,) or (1,); only where the problem holds no number.
+        q_segment_ids: int32, (B, 1, Sq, 1).
+        kv_segment_ids: int32, (B, 1, 1, Sk).
     """
 
     q: Array
@@ -32,6 +34,8 @@ class Operands(NamedTuple):
     q_lengths: Array | None = None
     kv_lengths: Array | None = None
     q_offset: Array | None = None
+    q_segment_ids: Array | None = None
+    kv_segment_ids: Array | None = None
 
     @property
     def given(self) -> dict[str, Array]:

@@ -198,6 +198,55 @@ def _check_length_values(name: str, lengths: Array, longest: int, axis: str) -> 
         )
 
 
+# Segments
+
+
+def _reads_segment_ids(
+    name: str, other: str, length: str
+) -> Callable[[Any, Known], dict[str, Any]]:
+    def read(x: Array | None, known: Known) -> dict[str, Any]:
+        if (x is None) != (known.given.get(other) is None):
+            raise ValueError(
+                "q_segment_ids and kv_segment_ids go together: a query sees the keys of its own "
+                f"segment. Got {name if x is not None else other} alone. For self attention pass one "
+                "array as both."
+            )
+        if x is None:
+            return {}
+        if not dtype_of(x).removeprefix("u").startswith("int"):
+            raise TypeError(f"{name} must hold integers. Got {dtype_of(x)}. Cast it to int32.")
+        full = (*known.form.lead, known.fields[length])
+        if not broadcasts(shape_of(x), full):
+            raise ValueError(
+                f"{name} must have one number for each token, shape {full}, each axis full or 1. "
+                f"Got {shape_of(x)}."
+            )
+        return {name: True}
+
+    return read
+
+
+def _segment_ids_of_queries(x: Array, form: Form, problem: "Problem") -> Array:
+    _check_segment_ids("q_segment_ids", x)
+    return form.tokens(x, problem.q_length)[:, None, :, None]
+
+
+def _segment_ids_of_keys(x: Array, form: Form, problem: "Problem") -> Array:
+    _check_segment_ids("kv_segment_ids", x)
+    return form.tokens(x, problem.kv_length)[:, None, None, :]
+
+
+def _check_segment_ids(name: str, ids: Array) -> None:
+    if 0 in ids.shape or not is_concrete_on_cpu(ids):
+        return
+    values = np.asarray(ids)
+    if not -(2**31) <= int(values.min()) <= int(values.max()) < 2**31:
+        raise ValueError(
+            f"{name} must fit an int32. Got numbers from {values.min()} to {values.max()}. "
+            "Number the segments from 0."
+        )
+
+
 # Position
 
 
@@ -424,6 +473,21 @@ OPTIONS = (  # in the order in which they are read
         asked=lambda problem: problem.kv_lengths,
         operand=_lengths_of_keys,
         elsewhere={"key_value_seq_lengths": "kv_lengths="},
+    ),
+    Option(
+        "q_segment_ids",
+        default=None,
+        read=_reads_segment_ids("q_segment_ids", "kv_segment_ids", "q_length"),
+        asked=lambda problem: problem.q_segment_ids,
+        operand=_segment_ids_of_queries,
+        elsewhere={"segment_ids": "q_segment_ids= and kv_segment_ids="},
+    ),
+    Option(
+        "kv_segment_ids",
+        default=None,
+        read=_reads_segment_ids("kv_segment_ids", "q_segment_ids", "kv_length"),
+        asked=lambda problem: problem.kv_segment_ids,
+        operand=_segment_ids_of_keys,
     ),
     Option(
         "scale",

@@ -36,6 +36,8 @@ class Problem:
         causal                     j ≤ p_i
         window=(left, right)       p_i − left ≤ j ≤ p_i + right, a side that is None is open
         q_lengths, kv_lengths      i < q_lengths[b], j < kv_lengths[b]
+        q_segment_ids,             q_segment_ids[b, i] = kv_segment_ids[b, j]
+        kv_segment_ids
         mask                       True; broadcastable to (B, Hq, Sq, Sk), or, beside q of rank 4,
                                    (B, Sk) for keys alone
 
@@ -69,7 +71,7 @@ class Problem:
         q_offset_given: whether the caller gave it; a number `compiled` makes an operand.
         mask_shape, bias_shape: of the operands in canonical form, or None.
         bias_dtype: of bias, or None.
-        q_lengths, kv_lengths: whether they are given.
+        q_lengths, kv_lengths, q_segment_ids, kv_segment_ids: whether they are given.
         return_lse: whether lse is asked for.
     """
 
@@ -94,6 +96,8 @@ class Problem:
     bias_dtype: str | None = None
     q_lengths: bool = False
     kv_lengths: bool = False
+    q_segment_ids: bool = False
+    kv_segment_ids: bool = False
     return_lse: bool = False
 
     @property

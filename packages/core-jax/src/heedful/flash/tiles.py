@@ -178,13 +178,13 @@ class Seen(NamedTuple):
 
 def keys_seen(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Seen:
     """The key tiles that the query tile from `begin` meets."""
-    found = reach(problem, operands, begin, begin + tiles.queries - 1, along="keys")
+    found = reach(problem, operands, begin, tiles.queries, along="keys")
     return _seen(found, problem.kv_length, tiles.keys)
 
 
 def queries_seen(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Seen:
     """The query tiles that meet the key tile from `begin`."""
-    found = reach(problem, operands, begin, begin + tiles.keys - 1, along="queries")
+    found = reach(problem, operands, begin, tiles.keys, along="queries")
     # A last tile that overlaps the one before it would give its share of dq twice: mask it.
     if problem.kv_length % tiles.keys and found.clear_high is not None:
         overlaps = begin % tiles.keys != 0

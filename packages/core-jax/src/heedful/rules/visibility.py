@@ -9,13 +9,25 @@ from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.place import Place
 
-FEATURES = frozenset({"mask", "causal", "window", "q_offset", "q_lengths", "kv_lengths"})
+FEATURES = frozenset(
+    {
+        "mask",
+        "causal",
+        "window",
+        "q_offset",
+        "q_lengths",
+        "kv_lengths",
+        "q_segment_ids",
+        "kv_segment_ids",
+    }
+)
 
 
 def hiding(problem: Problem) -> dict[str, tuple[int, ...]]:
@@ -28,6 +40,8 @@ def hiding(problem: Problem) -> dict[str, tuple[int, ...]]:
         found["q_lengths"] = (batch, 1, q_length, 1)
     if problem.kv_lengths:
         found["kv_lengths"] = (batch, 1, 1, kv_length)
+    if problem.q_segment_ids:
+        found["q_segment_ids"] = (batch, 1, q_length, kv_length)
     return found
 
 
@@ -67,6 +81,8 @@ def visible(problem: Problem, operands: Operands, place: Place) -> Array | None:
         conditions.append(place.i < _column(operands.q_lengths))
     if operands.kv_lengths is not None:
         conditions.append(place.j < _column(operands.kv_lengths))
+    if operands.q_segment_ids is not None:
+        conditions.append(operands.q_segment_ids == operands.kv_segment_ids)
     if operands.mask is not None:
         conditions.append(operands.mask)
     return reduce(operator.and_, conditions) if conditions else None
@@ -105,20 +121,23 @@ def reach(
     problem: Problem,
     operands: Operands,
     first: Array,
-    last: Array,
+    size: int,
     along: Literal["keys", "queries"],
 ) -> Reach:
-    """The keys that queries first … last meet, or the queries that keys first … last meet.
+    """The keys that so many queries from `first` on meet, or the queries that so many keys meet.
 
     Each bound is over all batch rows. p_i − left ≤ j ≤ p_i + right is, the other way round,
     j − right ≤ p_i ≤ j + left.
     """
+    last = first + size - 1
     left, right = problem.band
     offset = q_offset(problem, operands) if problem.positional else 0
+    own_segments, segments = operands.q_segment_ids, operands.kv_segment_ids
     own_lengths, lengths, length = operands.q_lengths, operands.kv_lengths, problem.kv_length
     if along == "queries":
         left, right, offset = right, left, -offset
         own_lengths, lengths, length = operands.kv_lengths, operands.q_lengths, problem.q_length
+        own_segments, segments = segments, own_segments
     low: Any = 0
     high: Any = length
     clear_low: Any = 0
@@ -135,6 +154,23 @@ def reach(
     if own_lengths is not None:
         clear_high = jnp.where(last < jnp.min(own_lengths), clear_high, 0)
         high = jnp.where(first < jnp.max(own_lengths), high, 0)
+    if own_segments is not None and segments is not None:
+        begin, end = _of_segments(own_segments, segments, first, size)
+        low, high = jnp.maximum(low, begin), jnp.minimum(high, end)
     if hiding(problem).keys() - {"q_lengths", "kv_lengths"}:
         return Reach(low, high, clear_low, None)
     return Reach(low, high, clear_low, clear_high)
+
+
+def _of_segments(own: Array, others: Array, first: Array, size: int) -> tuple[Array, Array]:
+    """From where to where there are segments between the least and the greatest of a tile's.
+
+    Of sequences packed one after the other that is no more than its own segments.
+    """
+    own, others = (x.reshape(len(x), -1) for x in (own, others))
+    tile = lax.dynamic_slice_in_dim(own, first, size, axis=1)
+    least, greatest = tile.min(axis=1, keepdims=True), tile.max(axis=1, keepdims=True)
+    met = ((others >= least) & (others <= greatest)).any(axis=0)
+    begin, behind = jnp.argmax(met), jnp.argmax(met[::-1])
+    end = jnp.where(met.any(), len(met) - behind, 0)
+    return begin.astype(jnp.int32), end.astype(jnp.int32)
