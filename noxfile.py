@@ -8,6 +8,8 @@ nox.needs_version = ">=2025.5.1"
 nox.options.reuse_venv = "yes"
 nox.options.default_venv_backend = "virtualenv"  # uv would not read where pip is told to find torch
 
+PYTHONS = nox.project.python_versions(nox.project.load_toml("packages/core-jax/pyproject.toml"))
+
 # torch and what goes with it are over a gigabyte, so one environment serves all sessions that need
 # them. Its Python is the one that torch is pinned for.
 shared_session = partial(nox.session, venv_backend="none", requires=["environment"])
@@ -42,7 +44,7 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
     session.run(str(path), *arguments, external=True)
 
 
-@nox.session(python=["3.11", "3.12", "3.13"])
+@nox.session(python=PYTHONS)
 def core(session: nox.Session) -> None:
     """Test heedful and its judge with no torch installed, on two generations of JAX."""
     install(session, "packages/core-jax", "packages/crosscheck", *TEST_TOOLS)

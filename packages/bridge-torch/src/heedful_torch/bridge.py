@@ -68,9 +68,8 @@ class TorchBridge:
     def run(
         self, backend: Backend, problem: Problem, operands: Operands
     ) -> tuple[Array, Array | None]:
-        if (
-            problem.framework == "jax" and problem.platform == "cpu"
-        ):  # on a GPU, reading it would wait
+        # On a GPU, reading the offset would wait for it.
+        if problem.framework == "jax" and problem.platform == "cpu":
             problem, operands = problem.compiled, problem.as_operand(operands)
         given = operands.given
         call = _Call(backend, problem, tuple(given))

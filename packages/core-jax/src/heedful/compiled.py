@@ -11,9 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 
-KEPT = (
-    128  # of each function: half a gigabyte at the worst, and more shapes than a loop goes through
-)
+KEPT = 128  # of each function: half a gigabyte at the worst, more shapes than a loop goes through
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -27,9 +27,8 @@ def once(backend: dispatch.Backend, problem: Problem, operands: Operands) -> Ask
     """The same call with nothing in it that repeats, as far as the backend takes it so."""
     for repeats_less in (_scores_once, _heads_once):
         changed = repeats_less(problem, operands)
-        if changed is not None and not dispatch.reasons(
-            backend, changed[0]
-        ):  # of grouped heads, say
+        # It may refuse that one, grouped heads for example.
+        if changed is not None and not dispatch.reasons(backend, changed[0]):
             problem, operands = changed
     return problem, operands
 

@@ -93,9 +93,8 @@ SIGMAS = 6
 # Rows. A failure names the tile it lies in; most kernels' tiles are this or divide it.
 TILE = 128
 
-Readings = (
-    np.ndarray | Sequence[np.ndarray]
-)  # a yardstick's tensor, once for each order of operations
+# A yardstick's tensor, once for each order of operations.
+Readings = np.ndarray | Sequence[np.ndarray]
 
 
 class Errors(NamedTuple):

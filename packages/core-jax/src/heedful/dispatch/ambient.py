@@ -15,9 +15,8 @@ from heedful.dispatch import registry
 
 ENVIRONMENT = "HEEDFUL_BACKEND"
 
-_environment = os.environ.get(
-    ENVIRONMENT
-)  # read once: what is compiled holds for the whole process
+# Read once: what is compiled holds for the whole process.
+_environment = os.environ.get(ENVIRONMENT)
 
 # The blocks of `use_backend` that are open here, outermost first.
 _blocks: ContextVar[tuple[tuple[str, ...], ...]] = ContextVar("heedful_blocks", default=())

@@ -181,19 +181,19 @@ def choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Back
         Refusal: nobody that was asked can; carries every reason of each.
     """
     names, source = wanted(backend)
-    said: list[Verdict] = []
+    verdicts: list[Verdict] = []
 
     def asked() -> Iterator[Verdict]:
         for name in automatic(problem) if names is None else names:
-            said.append(verdict_of(registry.backend_named(name), problem))
-            yield said[-1]
+            verdicts.append(verdict_of(registry.backend_named(name), problem))
+            yield verdicts[-1]
 
     if chosen := first(problem, asked(), by_memory=names is None):
         return registry.backend_named(chosen.name)
-    reasons = {verdict.name: verdict.reasons for verdict in said}
-    if not said:
+    reasons = {verdict.name: verdict.reasons for verdict in verdicts}
+    if not verdicts:
         raise Refusal(f"no backend for {problem.framework} arrays is installed", reasons)
-    lines = [f"{verdict.name}: {verdict}" for verdict in said]
+    lines = [f"{verdict.name}: {verdict}" for verdict in verdicts]
     nobody = "cannot compute this call" if len(lines) == 1 else "none of them can compute this call"
     raise Refusal(f"{', '.join(reasons)} ({source}) {nobody}.\n  " + "\n  ".join(lines), reasons)
 

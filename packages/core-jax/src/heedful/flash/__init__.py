@@ -1,4 +1,16 @@
-"""The flash core: exact attention, tile by tile, in plain JAX."""
+"""The flash core: exact attention, tile by tile, in plain JAX. It knows nothing of backends.
+
+    tiles.py       how the score matrix is cut, and which tiles are visited
+    scores.py      one tile: its place, its scores, and the products that make and use it
+    forward.py     Algorithms 1 and 2 of Dao et al. 2022: out, and m and l of each row
+    tangent.py     its tangent, by what the forward pass kept
+    cotangent.py   Algorithm 4: the transpose of the tangent
+    autodiff.py    the three as JAX primitives, whose rules give every order of derivative, and `vmap`
+    partition.py   how they are lowered, and spread over devices
+
+What scores are and who sees whom is said once for everybody, in `heedful.rules`. Begin with `forward`;
+the others are the same loop over the same tiles.
+"""
 
 from heedful.flash.autodiff import flash
 
