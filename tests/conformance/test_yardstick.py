@@ -321,11 +321,12 @@ def test_a_fault_of_the_scores_is_seen_in_float64(monkeypatch, rule):
     for user in ("heedful.plain", yardstick.__name__):
         monkeypatch.setattr(f"{user}.{rule}", off)
     option = {"added": "bias", "capped": "softcap"}[rule]
-    asked = [c for c in combined() if c.dtype == "float64" and c.row[option] != "none"][:10]
-    report = crosscheck(["jax:plain"], [c for c in asked if c.caller in (None, "jax")])
+    mine = (c for c in combined() if c.dtype == "float64" and c.caller in (None, "jax"))
+    asked = [c for c in mine if c.row[option] != "none" and c.row["scale"] != "0" and c.return_lse]
+    report = crosscheck(["jax:plain"], asked[:10])
     assert not any("raised" in failure.message for failure in report.failures)
-    wrong = {failure.case for failure in report.failures}
-    assert len(wrong) >= len(report.outcomes) / 2
+    assert not [o.case for o in report.outcomes if o.verdict == "agree"]
+    assert report.failures
 
 
 def test_a_fault_that_undoes_itself_on_the_way_back_is_seen(monkeypatch):

@@ -55,8 +55,9 @@ a yardstick, a wide limit.
   itself is on trial against autodiff, finite differences and a definition pair by pair
   (tests/core/test_oracle.py).
 - Scores: the yardsticks take them by `heedful.rules.scores`, as our own kernels do; the oracle has its
-  own words. In float64 there is no rounding behind which a faulty rule could stand: there the ceiling
-  is 1e-6, so that the rows of the table in float64 disagree, all of them that ask for the rule.
+  own words. In float64 there is no rounding behind which a faulty rule could stand: it takes yardstick
+  and kernels beyond the ceiling there, 1e-6, so that in the table's float64 rows nobody agrees who goes
+  by it, and the report names them (tests/conformance/test_yardstick.py).
 - Visibility: `heedful.rules.visibility` is the kernels' alone. The oracle has its own words for it. The
   yardsticks take the oracle's, since a fault there sets all backends apart from the oracle; so does
   what is said to be hidden, which only ever demands more: zeros, and indifference to NaN.
