@@ -95,8 +95,9 @@ class Case:
 
 
 def case(group, name, dtype="float32", B=2, Hq=2, Hkv=2, Sq=5, Sk=7, D=8, Dv=8, **options):
-    if "bias" in options and options["bias"].dtype == np.float64:
-        options["bias"] = options["bias"].astype(DTYPES[dtype])
+    for option in ("bias", "sinks"):
+        if option in options and options[option].dtype == np.float64:
+            options[option] = options[option].astype(DTYPES[dtype])
     sizes = {"B": B, "Hq": Hq, "Hkv": Hkv, "Sq": Sq, "Sk": Sk, "D": D, "Dv": Dv}
     return Case(group=group, name=name, dtype=dtype, **sizes, options=options)
 
@@ -209,6 +210,20 @@ CASES = [
         q_lengths=lengths(5, 1),
     ),
     case("lengths, causal", "one number", causal=True, q_offset=2, kv_lengths=lengths(7, 4)),
+    case("sinks", "of each head", Hq=4, sinks=normal(4)),
+    case("sinks", "larger than all, and none", sinks=np.array([40.0, -np.inf])),
+    case("sinks", "empty rows", Sq=9, Sk=4, causal=True, sinks=normal(2)),
+    case(
+        "sinks",
+        "with bias, softcap and mask",
+        sinks=normal(2),
+        bias=normal(2, 2, 5, 7),
+        softcap=1.0,
+        mask=hidden(2, 1, 5, 7),
+    ),
+    case("sinks", "several hundred", B=1, Sq=130, Sk=450, sinks=normal(2)),
+    case("sinks", "in bfloat16", "bfloat16", Sq=6, Sk=8, sinks=normal(2)),
+    case("sinks", "no keys", Sk=0, sinks=normal(2)),
     case("segments", "packed", **segments([[0, 0, 1, 1, 2]] * 2, [[0, 0, 0, 1, 1, 2, 2]] * 2)),
     case(
         "segments", "each row its own", **segments([[0] * 5, [0, 0, 1, 1, 1]], [[0] * 7, [1] * 7])
@@ -357,6 +372,7 @@ def combinations(draw):
         "q_lengths": lambda: lengths(*(draw(st.integers(0, Sq)) for _ in range(B))),
         "kv_lengths": lambda: lengths(*(draw(st.integers(0, Sk)) for _ in range(B))),
         "mask": lambda: hidden(*shape()),
+        "sinks": lambda: normal(Hq),
         "segments": lambda: draw(st.integers(1, 3)),
         "bias": lambda: normal(*shape()),
         "scale": lambda: draw(st.sampled_from([0.25, 2.0])),
@@ -449,8 +465,9 @@ def agrees_or_refuses(caller, backend, accepts, case):
             assert refusal.value.reasons == {backend: reasons}
             return
 
-        if "bias" in arrays:
-            primals["bias"] = arrays.pop("bias")
+        for name in ("bias", "sinks"):
+            if name in arrays:
+                primals[name] = arrays.pop(name)
         plain = {
             name: x for name, x in options.items() if name not in arrays and name not in primals
         }
@@ -481,7 +498,7 @@ def poison(k, v, unseen):
 
 
 def compare(dtype, got, expected):
-    expected = dict(zip(("out", "lse", "dq", "dk", "dv", "dbias"), expected, strict=True))
+    expected = dict(zip(("out", "lse", "dq", "dk", "dv", "dbias", "dsinks"), expected, strict=True))
     nothing_seen = {
         "out": (expected["out"] == 0).all(axis=-1),
         "dq": (expected["out"] == 0).all(axis=-1),

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def attention(q, k, v, out_cotangent=None, lse_cotangent=None, **options):
-    """out, lse and the cotangents of q, k, v and bias (None without one), all float64.
+    """out, lse and the cotangents of q, k, v, bias and sinks (None without them), all float64.
 
     Takes the arrays and options of `heedful.attention` as NumPy arrays, in any layout and rank.
     Without cotangents those of out and lse are zero.
@@ -23,14 +23,16 @@ def attention(q, k, v, out_cotangent=None, lse_cotangent=None, **options):
     if lse_cotangent is not None:
         lse_cotangent = lse_cotangent.reshape(batch, q_heads, q_length)
     options.pop("return_lse", None)
-    out, lse, dq, dk, dv, dbias = _canonical(q, k, v, out_cotangent, lse_cotangent, lead, **options)
+    out, lse, dq, dk, dv, *of_options = _canonical(
+        q, k, v, out_cotangent, lse_cotangent, lead, **options
+    )
 
     def like_caller(x):
         x = x.swapaxes(1, 2) if layout == "bshd" and len(shape) > 2 else x
         return x.reshape(*lead, *x.shape[1:]) if len(shape) > 2 else x[0, 0]
 
     lse = lse.reshape(*lead, *lse.shape[1:]) if len(shape) > 2 else lse[0, 0]
-    return like_caller(out), lse, like_caller(dq), like_caller(dk), like_caller(dv), dbias
+    return like_caller(out), lse, like_caller(dq), like_caller(dk), like_caller(dv), *of_options
 
 
 def _bhsd(x, layout):
@@ -60,6 +62,7 @@ def _canonical(
     kv_segment_ids=None,
     scale=None,
     softcap=None,
+    sinks=None,
 ):
     batch, q_heads, q_length, head_dim = q.shape
     _, kv_heads, kv_length, value_dim = v.shape
@@ -100,22 +103,30 @@ def _canonical(
         )
 
     out, lse = np.zeros((*q.shape[:3], value_dim)), np.full(q.shape[:3], -np.inf)
+    dsinks = np.zeros(q_heads)
     dq, dk, dv, dbias = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape), np.zeros(scores)
     for b, h, i in np.ndindex(q.shape[:3]):
         (keys,) = np.nonzero(sees(b, h, i))
+        dlse = 0.0 if lse_cotangent is None else lse_cotangent[b, h, i]
+        sink = -np.inf if sinks is None else float(sinks[h])
         if keys.size == 0:
+            lse[b, h, i] = sink
+            dsinks[h] += dlse if sink > -np.inf else 0.0
             continue
         g = h // (q_heads // kv_heads)
         raw = scale * k[b, g, keys] @ q[b, h, i]
         capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
         s = capped + bias[b, h, i, keys]
-        exponentials = np.exp(s - s.max())
-        lse[b, h, i] = s.max() + np.log(exponentials.sum())
-        p = exponentials / exponentials.sum()  # beside a bias of 1e30 an lse has lost this sum
+        # The sink is one more logit, whose value is 0.
+        logits = np.append(s, sink)
+        exponentials = np.exp(logits - logits.max())
+        lse[b, h, i] = logits.max() + np.log(exponentials.sum())
+        # Beside a bias of 1e30 an lse has lost this sum.
+        *p, of_sink = exponentials / exponentials.sum()
+        p = np.array(p)
         out[b, h, i] = p @ v[b, g, keys]
 
         do = np.zeros(value_dim) if out_cotangent is None else out_cotangent[b, h, i]
-        dlse = 0.0 if lse_cotangent is None else lse_cotangent[b, h, i]
         # out_i = Σ p_j v_j and lse_i = log Σ exp s_j give ds_j = p_j (do·v_j − do·out_i + dlse).
         ds = p * (v[b, g, keys] @ do - out[b, h, i] @ do + dlse)
         draw = ds if softcap is None else ds * (1 - (capped / softcap) ** 2)
@@ -123,7 +134,9 @@ def _canonical(
         dk[b, g, keys] += scale * np.outer(draw, q[b, h, i])
         dv[b, g, keys] += np.outer(p, do)
         dbias[b, h, i, keys] = ds
-    return out, lse, dq, dk, dv, _summed(dbias, bias_shape, lead)
+        dsinks[h] += of_sink * (dlse - out[b, h, i] @ do)
+    dbias = _summed(dbias, bias_shape, lead)
+    return out, lse, dq, dk, dv, dbias, None if sinks is None else dsinks
 
 
 def without_idle_offset(options):

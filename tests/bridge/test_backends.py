@@ -7,13 +7,13 @@ from contract import EVERYTHING, ONE_OF_EACH_GROUP, REQUIRED, Contract
 class TestSdpaMath(Contract, examples=100):
     backend = "torch:sdpa-math"
     caller = TorchCaller()
-    accepts = EVERYTHING - {"lse", "softcap", "together"}
+    accepts = EVERYTHING - {"lse", "sinks", "softcap", "together"}
 
 
 class TestSdpaFlash(Contract, examples=100):
     backend = "torch:sdpa-flash"
     caller = TorchCaller()
-    accepts = EVERYTHING - {"softcap", "together"}
+    accepts = EVERYTHING - {"sinks", "softcap", "together"}
 
 
 class TestSdpaEfficient(Contract, examples=100, needs_gpu=True):

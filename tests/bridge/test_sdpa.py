@@ -584,8 +584,8 @@ def test_the_mask_is_as_large_as_it_is_said_to_be(case):
         name: torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype != "bfloat16" else x
         for name, x in case.options.items()
     }
-    if "bias" in options:
-        options["bias"] = expanded(*options["bias"].shape)
+    for name in {"bias", "sinks"} & options.keys():
+        options[name] = expanded(*options[name].shape)
     problem = Call.of(q, k, v, **options).problem
     place = span_of(problem)
     made = score_mask(problem, Call.of(q, k, v, **options).operands, place, torch.float32)

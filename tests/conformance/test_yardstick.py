@@ -259,6 +259,18 @@ def test_a_bias_of_minus_infinity_is_asked_and_a_finite_one_that_does_not_fit_is
     assert "beyond bfloat16" in outcome.reasons[0]
 
 
+def test_what_is_left_beside_a_sink_far_above_all_keys_is_nothing_to_judge_by():
+    """out is of size 1e-44, where float32 has no digits: one processor keeps some, another none."""
+
+    def make(random):
+        made = hard.normal(random)
+        made["q"][..., 0], made["k"][..., 0] = -20, 20
+        return made | {"sinks": np.zeros((1, hard.H, 1, 1))}
+
+    report = crosscheck(["jax:plain"], [hard.hard("far-below-a-sink", make)], ["float32"])
+    assert "below the normal numbers of float32" in report.outcomes[0].reasons[0]
+
+
 # The judge shares nothing with what it judges
 
 

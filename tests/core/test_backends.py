@@ -27,6 +27,7 @@ class TestNnXla(Contract):
     cases = CASES
     accepts = EVERYTHING - {
         "lse",
+        "sinks",
         "softcap",
         "value size",
         "together",

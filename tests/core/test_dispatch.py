@@ -585,6 +585,7 @@ ASKING = {
     "kv_segment_ids": dict.fromkeys(("q_segment_ids", "kv_segment_ids"), jnp.zeros((1, 3), int)),
     "scale": {"scale": 1.0},
     "softcap": {"softcap": 1.0},
+    "sinks": {"sinks": jnp.zeros(2)},
     "return_lse": {"return_lse": True},
 }
 

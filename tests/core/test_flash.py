@@ -45,9 +45,7 @@ def ask(*, batch=2, q_heads=4, kv_heads=2, q_length=37, kv_length=50, **options)
     call = Call.of(q, k, v, **options)
     problem, operands = call.problem, call.operands
     out_weights, lse_weights = normal(*q.shape[:3], 6), normal(*q.shape[:3])
-    moving = {"q": q, "k": k, "v": v}
-    if operands.bias is not None:
-        moving["bias"] = operands.bias
+    moving = operands.differentiable
 
     def loss(attend, moving):
         out, lse = attend(problem, operands._replace(**moving))
@@ -70,6 +68,7 @@ small_flash = partial(flash, tiles=TILES)
 
 QUESTIONS = {
     "full": {},
+    "sinks": {"sinks": np.array([0.5, -1.0, 2.0, 0.0]), "window": (20, 3), "q_offset": -4},
     "causal": {"causal": True, "bias": np.ones((1, 4, 1, 50)), "softcap": 1.5},
     "window": {"window": (5, 3), "q_offset": 20},
     "lengths": {"kv_lengths": np.array([50, 13]), "q_lengths": np.array([5, 37]), "causal": True},

@@ -33,7 +33,7 @@ WRONG = {
         {"color": "red"},
         TypeError,
         "unknown option 'color'. The options are mask, bias, causal, window, q_offset, q_lengths, "
-        "kv_lengths, q_segment_ids, kv_segment_ids, scale, softcap, layout, return_lse.",
+        "kv_lengths, q_segment_ids, kv_segment_ids, scale, softcap, sinks, layout, return_lse.",
     ),
     "SDPA's name": (
         {"attn_mask": TRUE},
@@ -131,6 +131,16 @@ WRONG = {
         {"kv_lengths": zeros(2)},
         TypeError,
         "kv_lengths must hold integers. Got float32. Cast it to int32.",
+    ),
+    "sinks of another dtype": (
+        {"sinks": np.zeros(3, np.float16)},
+        TypeError,
+        "sinks must be float32 for float32 q, k, v. Got float16. Cast it: nothing here casts silently.",
+    ),
+    "sinks for each row": (
+        {"sinks": zeros(2, 3)},
+        ValueError,
+        "sinks must be one logit for each query head, shape (Hq,) = (4,). Got (2, 3).",
     ),
     "float segment ids": (
         {"q_segment_ids": zeros(2, 5), "kv_segment_ids": zeros(2, 7)},

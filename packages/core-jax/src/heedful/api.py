@@ -31,6 +31,7 @@ def attention(
     kv_segment_ids: Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Array | None = None,
     layout: Literal["bhsd", "bshd"] = "bhsd",
     return_lse: bool = False,
     **unknown: Never,
@@ -61,6 +62,8 @@ def attention(
         kv_segment_ids: (B, Sk) integers, of which segment each key is.
         scale: factor of the scores, D^-½ by default.
         softcap: c of c·tanh(s/c), applied before bias.
+        sinks: (Hq,), a logit for each query head that takes weight and gives nothing, as in gpt-oss;
+            differentiable.
         layout: "bhsd" (PyTorch SDPA, ONNX) or "bshd" (jax.nn, flash-attn), for q, k, v and out.
         return_lse: whether to return the log-sum-exp of the scores too.
 
@@ -84,6 +87,7 @@ def attention(
         "kv_segment_ids": kv_segment_ids,
         "scale": scale,
         "softcap": softcap,
+        "sinks": sinks,
         "layout": layout,
         "return_lse": return_lse,
         **unknown,  # which the checks refuse by name

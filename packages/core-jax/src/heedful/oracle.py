@@ -12,7 +12,7 @@ It shares no rule with what it judges: which keys are seen it says in its own wo
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ FEATURES = frozenset(
         "kv_segment_ids",
         "scale",
         "softcap",
+        "sinks",
         "return_lse",
         "grouped_heads",
         "value_dim",
@@ -58,7 +59,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[np.ndarray, np.ndarra
     queries = (problem.batch, problem.q_heads, problem.q_length)
     out, lse = np.zeros((*queries, problem.value_dim)), np.zeros(queries)
     for part in parts(problem, operands, np.float64):
-        weights, lse[part.queries], _ = _softmax(problem, part)
+        weights, lse[part.queries], _, _ = _softmax(problem, part)
         out[part.queries] = _sum_over_seen(weights, part.seen, part.v)
     return out, lse
 
@@ -82,10 +83,13 @@ def gradients(
     found = Operands(**{name: np.zeros(x.shape) for name, x in operands.differentiable.items()})
 
     for part in parts(problem, operands, np.float64):
-        weights, _, slope = _softmax(problem, part)
+        weights, _, slope, of_sink = _softmax(problem, part)
         found.v[part.keys] += _sum_over_seen(weights.T, part.seen.T, dout[part.queries])
         dweights = np.where(part.seen, dout[part.queries] @ part.v.T, 0)
         dscores = _softmax_gradient(part.seen, weights, dweights, dlse[part.queries])
+        if found.sinks is not None:  # the sink's weight, as any other, but of a value of 0
+            mean = (weights * dweights).sum(axis=1)
+            found.sinks[0, part.queries[1]] += (of_sink * (dlse[part.queries] - mean)).sum()
         if found.bias is not None:
             add_over_broadcast(found.bias, part, dscores)
         dproduct = np.where(part.seen, problem.scale * slope * dscores, 0)
@@ -107,8 +111,10 @@ def _sum_over_seen(weights: np.ndarray, seen: np.ndarray, x: np.ndarray) -> np.n
     return total
 
 
-def _softmax(problem: Problem, part: "Part") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The weights p_ij, lse_i, and the slope of the softcap at each score."""
+def _softmax(
+    problem: Problem, part: "Part"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The weights p_ij, lse_i, the slope of the softcap at each score, and the weight of the sink."""
     scores = problem.scale * (part.q @ part.k.T)
     slope = np.ones_like(scores)
     if problem.softcap is not None:
@@ -119,15 +125,16 @@ def _softmax(problem: Problem, part: "Part") -> tuple[np.ndarray, np.ndarray, np
         scores = _add_bias(scores, part.bias, problem.accumulator)
     scores = np.where(part.seen, scores, -np.inf)
 
-    highest = scores.max(axis=1, keepdims=True, initial=-np.inf)
+    highest = scores.max(axis=1, keepdims=True, initial=part.sink)
     highest = np.where(highest == -np.inf, 0, highest)
     exponentials = np.exp(scores - highest)
-    total = exponentials.sum(axis=1, keepdims=True)
+    of_sink = np.exp(part.sink - highest)
+    total = exponentials.sum(axis=1, keepdims=True) + of_sink
 
     empty = total == 0
     weights = np.where(part.seen, exponentials / np.where(empty, 1, total), 0)
     lse = np.where(empty, -np.inf, highest + np.log(np.where(empty, 1, total)))
-    return weights, lse[:, 0], slope
+    return weights, lse[:, 0], slope, (of_sink / np.where(empty, 1, total))[:, 0]
 
 
 def _add_bias(scores: np.ndarray, bias: np.ndarray, accumulator: str) -> np.ndarray:
@@ -158,6 +165,7 @@ class Part(NamedTuple):
         queries, keys, scores: where these stand in (B, Hq, Sq, ·), in (B, Hkv, Sk, ·) and in bias.
         q, k, v: (rows, D), (Sk, D), (Sk, Dv).
         bias: (rows, Sk), or None.
+        sink: the head's, −inf where there is none.
         seen: (rows, Sk), boolean.
     """
 
@@ -168,6 +176,7 @@ class Part(NamedTuple):
     k: np.ndarray
     v: np.ndarray
     bias: np.ndarray | None
+    sink: Any
     seen: np.ndarray
 
 
@@ -184,8 +193,10 @@ def parts(problem: Problem, operands: Operands, dtype: np.typing.DTypeLike) -> I
             if operands.bias is not None:
                 scores = _broadcast_index(operands.bias, queries)
                 bias = np.broadcast_to(np.asarray(operands.bias)[scores].astype(dtype), matrix)
+            sink = -np.inf if operands.sinks is None else operands.sinks[0, h, 0, 0]
+            sink = np.asarray(sink).astype(dtype)[()]
             seen = sees(problem, operands, queries)
-            yield Part(queries, keys, scores, q[queries], k[keys], v[keys], bias, seen)
+            yield Part(queries, keys, scores, q[queries], k[keys], v[keys], bias, sink, seen)
 
 
 def sees(problem: Problem, operands: Operands, queries: tuple[int, int, slice]) -> np.ndarray:

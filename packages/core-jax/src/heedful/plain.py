@@ -17,6 +17,7 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.place import Place
 from heedful.rules.scores import added, capped
+from heedful.rules.softmax import with_sinks
 from heedful.rules.visibility import of_key_heads, visible
 
 
@@ -52,12 +53,14 @@ def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
     total = exponentials.sum(axis=3, keepdims=True)
 
     empty = total == 0
-    total = jnp.where(empty, 1, total)
-    weights = (exponentials / total).reshape(*grouped, *scores_shape[2:])
+    weights = (exponentials / jnp.where(empty, 1, total)).reshape(*grouped, *scores_shape[2:])
     out = _einsum("bhgij,bhjd->bhgid", weights, v).reshape(*scores_shape[:3], problem.value_dim)
-    out = jnp.where(empty, 0, out).astype(problem.dtype)
-    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(total))
-    return out, lse[..., 0]
+    out, highest, total = with_sinks(
+        operands, jnp.where(empty, 0, out), highest[..., 0], total[..., 0]
+    )
+    empty = total == 0
+    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(jnp.where(empty, 1, total)))
+    return out.astype(problem.dtype), lse
 
 
 def _einsum(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:

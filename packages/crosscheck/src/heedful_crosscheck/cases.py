@@ -30,8 +30,8 @@ from heedful_crosscheck.recipes import (
     Integers,
     Maker,
     Normal,
-    RandomBias,
     RandomMask,
+    RandomNumbers,
     Sizes,
     key_padding,
     mask_with_empty_rows,
@@ -153,6 +153,8 @@ class Case:
         lead = self._lead(scores[0])
         if AXES.get(name, "").startswith("b") and x.ndim:  # a number for each row, or several
             return x.reshape(*(lead or (1,) * (x.ndim == 1)), *x.shape[1:])
+        if AXES.get(name) == "h":
+            return x.reshape(-1)
         if x.ndim == 4 and self.memory == "expanded":
             x = np.broadcast_to(x, scores)
         if x.ndim == 4:  # over the scores
@@ -240,14 +242,14 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "scores": {
         "scale": {"make": normal(), "options": {"scale": 0.3}},
         "softcap": {"make": normal(), "options": {"softcap": 1.5}},
-        "bias": {"make": normal(bias=RandomBias("bhqk"))},
+        "bias": {"make": normal(bias=RandomNumbers("bhqk"))},
         "bias-wide": {
-            "make": normal(bias=RandomBias("hk")),
+            "make": normal(bias=RandomNumbers("hk")),
             "options": CAUSAL,
             "wide_bias": True,
         },
         "softcap-bias": {
-            "make": normal(GROUPED, bias=RandomBias("hqk")),
+            "make": normal(GROUPED, bias=RandomNumbers("hqk")),
             "options": {**CAUSAL, "softcap": 1.5},
         },
         "large-logits": {"make": normal(queries_times=8.0)},
@@ -272,7 +274,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
             (
                 "-masked",
                 {
-                    "make": normal(mask=key_padding, bias=RandomBias("hqk")),
+                    "make": normal(mask=key_padding, bias=RandomNumbers("hqk")),
                     "options": CAUSAL,
                 },
             ),

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from heedful_crosscheck.recipes import (
     Integers,
-    RandomBias,
     RandomMask,
+    RandomNumbers,
     Real,
     Segments,
     floor_bias,
@@ -83,12 +83,12 @@ FACTORS: dict[str, dict[str, Any]] = {
     },
     "bias": {
         "none": None,
-        "full": RandomBias("bhqk"),
-        "shared": RandomBias("qk"),
-        "heads": RandomBias("hk"),
-        "batch": RandomBias("bk"),
-        "inner": inner(RandomBias("bhqk")),
-        "rows": RandomBias("bq"),
+        "full": RandomNumbers("bhqk"),
+        "shared": RandomNumbers("qk"),
+        "heads": RandomNumbers("hk"),
+        "batch": RandomNumbers("bk"),
+        "inner": inner(RandomNumbers("bhqk")),
+        "rows": RandomNumbers("bq"),
         "hiding": hiding_bias,
         "floor": floor_bias,
     },
@@ -98,6 +98,7 @@ FACTORS: dict[str, dict[str, Any]] = {
         "mixed": {"q_segment_ids": Segments("q", True), "kv_segment_ids": Segments("k", True)},
     },
     "bias_dtype": _same("q's", "accumulator"),
+    "sinks": {"none": None, "usual": RandomNumbers("h"), "large": RandomNumbers("h", 3.0)},
     "scale": {"default": None, "0.3": 0.3, "-0.2": -0.2, "0": 0.0},
     "softcap": {"none": None, "1.5": 1.5, "30": 30.0},
     "logits": _same("usual", "large", "above", "below"),
@@ -106,13 +107,13 @@ FACTORS: dict[str, dict[str, Any]] = {
 # The options among them.
 OPTIONS = (
     "layout", "causal", "window", "q_offset", "q_lengths", "kv_lengths", "mask", "bias", "segments",
-    "scale", "softcap",
+    "sinks", "scale", "softcap",
 )  # fmt: skip
 
 # Which axes of (B, Hq, Sq, Sk) an array option has; of one that is not here, all, each full or 1.
 AXES = {
     "q_offset": "b", "q_lengths": "b", "kv_lengths": "b",
-    "q_segment_ids": "bq", "kv_segment_ids": "bk",
+    "q_segment_ids": "bq", "kv_segment_ids": "bk", "sinks": "h",
 }  # fmt: skip
 
 # Of these any three values stand together too: they cost few rows, and kernels branch on them.
@@ -231,6 +232,11 @@ RULES = (
         {"segments": ("packed", "mixed")},
         {"lengths": _but("lengths", "1x1", "1x133", "1x4160")},
         "one query of one segment is soon behind its keys",
+    ),
+    Rule(
+        {"sinks": ("usual", "large")},
+        {"logits": _but("logits", "below")},
+        "beside a sink nothing is left of keys whose logits are near -100",
     ),
     Rule({"lengths": LONG}, {"batch": ("1", "2")}, "time and memory"),
     Rule({"lengths": ("1031x1300",)}, {"heads": ("1/1", "4/2")}, "time and memory"),

@@ -125,10 +125,18 @@ class Question:
 
         Raises:
             InputError: a number on the way or a result lies beyond the dtype, for honest arithmetic
-                and so for every backend.
+                and so for every backend; or a whole tensor below the normal numbers, where digits are
+                lost one by one, and processors may take one for 0.
         """
         answers = self.answers(self.case.return_lse)
+        smallest = np.finfo(self.problem.accumulator).tiny
         for name, want in answers.right.items():
+            if name != "lse" and 0 < np.abs(want).max(initial=0) < smallest:
+                raise InputError(
+                    f"{self.case.name}: {name} reaches {np.abs(want).max():.2g}, below the normal "
+                    f"numbers of {self.problem.accumulator}: there is nothing to judge by. Scale the "
+                    "inputs."
+                )
             nothing_seen = np.isneginf(want) if name == "lse" else np.False_
             for tensors in (answers.right, *answers.best):
                 if not (np.isfinite(tensors[name]) | nothing_seen).all():
@@ -174,7 +182,8 @@ class Question:
                 oracle.add_over_broadcast(reached["dbias"], part, weighed.astype(np.float64))
         reached = {n: self.as_came(n.removeprefix("d"), x) > 0 for n, x in reached.items()}
         queries, keys = queries[..., None], keys[..., None]
-        reached |= {"out": queries, "lse": queries, "dq": queries, "dk": keys, "dv": keys}
+        reached |= {"out": queries, "dq": queries, "dk": keys, "dv": keys}
+        reached["lse"] = np.isfinite(self._forward["lse"])[..., None]
         return reached, seeing[..., None], seen_keys[..., None]
 
     @cached_property

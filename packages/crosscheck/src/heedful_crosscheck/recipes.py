@@ -128,13 +128,14 @@ class RandomMask:
 
 
 @dataclass(frozen=True)
-class RandomBias:
-    """Standard normal."""
+class RandomNumbers:
+    """Standard normal, times a factor."""
 
     axes: str
+    times: float = 1.0
 
     def __call__(self, random: np.random.Generator, sizes: Sizes) -> np.ndarray:
-        return random.standard_normal(along(self.axes, sizes))
+        return random.standard_normal(along(self.axes, sizes)) * self.times
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,12 @@ def _attend_part(
     if arithmetic.shaken and problem.softcap is not None:  # XLA's tanh is off by two units
         capped = np.minimum(np.abs(product), wide(problem.softcap))
         scores = scores + _alternating(scores.shape) * 2 * np.spacing(capped)
-    largest = scores.max(-1, keepdims=True, initial=-np.inf)
+    largest = scores.max(-1, keepdims=True, initial=part.sink)
     largest = np.where(largest == -np.inf, wide(0), largest)
     exp = _exp_to_20_bits if arithmetic.rounded == "lse" else np.exp
     exponentials = exp(scores - largest)
-    total = exponentials.sum(-1, keepdims=True)
+    of_sink = exp(part.sink - largest)
+    total = exponentials.sum(-1, keepdims=True) + of_sink
     divisor = np.where(total == 0, wide(1), total)  # an empty row has no exponentials
     weights = exponentials / divisor
 
@@ -166,6 +167,9 @@ def _attend_part(
     d_scores = weights * (d_weights - (delta - d_lse)[:, None])
     if part.bias is not None:
         add_over_broadcast(tensors["dbias"], part, d_scores)
+    if "dsinks" in tensors:
+        d_sink = (of_sink / divisor)[:, 0] * (d_lse - delta)
+        tensors["dsinks"][0, part.queries[1]] += d_sink.sum()
     d_product = rounded(d_scores if slope is None else d_scores * slope)
     tensors["dq"][part.queries] = d_product @ k * scale
     tensors["dk"][part.keys] += d_product.T @ q * scale

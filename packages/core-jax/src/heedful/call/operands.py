@@ -24,6 +24,7 @@ class Operands(NamedTuple):
         q_offset: int32, (B,) or (1,); only where the problem holds no number.
         q_segment_ids: int32, (B, 1, Sq, 1).
         kv_segment_ids: int32, (B, 1, 1, Sk).
+        sinks: floating, (1, Hq, 1, 1).
     """
 
     q: Array
@@ -36,6 +37,7 @@ class Operands(NamedTuple):
     q_offset: Array | None = None
     q_segment_ids: Array | None = None
     kv_segment_ids: Array | None = None
+    sinks: Array | None = None
 
     @property
     def given(self) -> dict[str, Array]:

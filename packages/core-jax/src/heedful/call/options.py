@@ -391,6 +391,30 @@ def _read_softcap(softcap: Any, known: Known) -> dict[str, Any]:
     return {"softcap": value}
 
 
+# Softmax
+
+
+def _read_sinks(sinks: Array | None, known: Known) -> dict[str, Any]:
+    if sinks is None:
+        return {}
+    if dtype_of(sinks) not in (known.dtype, known.accumulator):
+        raise TypeError(
+            f"sinks must be {' or '.join(sorted({known.dtype, known.accumulator}))} for {known.dtype} "
+            f"q, k, v. Got {dtype_of(sinks)}. Cast it: nothing here casts silently."
+        )
+    heads = known.fields["q_heads"]
+    if shape_of(sinks) != (heads,):
+        raise ValueError(
+            f"sinks must be one logit for each query head, shape (Hq,) = {(heads,)}. "
+            f"Got {shape_of(sinks)}."
+        )
+    return {"sinks": True}
+
+
+def _sinks_of_heads(sinks: Array, form: Form, problem: "Problem") -> Array:
+    return sinks[None, :, None, None]
+
+
 # What is returned, and how
 
 
@@ -502,6 +526,15 @@ OPTIONS = (  # in the order in which they are read
         read=_read_softcap,
         asked=lambda problem: problem.softcap is not None,
         elsewhere={"logits_soft_cap": "softcap="},
+    ),
+    Option(
+        "sinks",
+        default=None,
+        read=_read_sinks,
+        asked=lambda problem: problem.sinks,
+        operand=_sinks_of_heads,
+        differentiable=True,
+        elsewhere={"s_aux": "sinks=", "sink": "sinks=", "learnable_sink": "sinks="},
     ),
     Option(
         "layout",

@@ -23,9 +23,10 @@ class Problem:
         s_ij  = scale · q_i · k_j                    scale defaults to D^-½
         s_ij  = softcap · tanh(s_ij / softcap)       where softcap is given
         s_ij  = s_ij + bias_ij                       after softcap
-        p_ij  = softmax over the keys j that query i sees
+        p_ij  = exp(s_ij − lse_i)                    over the keys j that query i sees
         out_i = Σ_j p_ij v_j
-        lse_i = log Σ_j exp(s_ij)                    natural log, over the keys seen
+        lse_i = log Σ_j exp(s_ij)                    natural log, over the keys seen; with sinks the
+                                                     sink's exp(sinks[h]) is part of the sum
 
     Position: query i stands at p_i = i + q_offset. By default q_offset = kv_length − q_length: the
     last query is aligned with the last key ("bottom-right"), per batch row where lengths are given.
@@ -45,12 +46,13 @@ class Problem:
     lengths and q_offset broadcast over each of them by itself: beside q (B, N, H, S, D) a mask may be
     (B, N, 1, 1, Sk), a bias (B, 1, H, Sq, Sk) and lengths (B, 1).
 
-    A query that sees no key gives out 0, lse −inf and no gradient, whatever stands in K and V. So does
-    one whose every visible key has a bias of −inf, if K and V are finite there.
+    A query that sees no key gives out 0, lse −inf and no gradient, whatever stands in K and V; with
+    sinks its lse is the sink, whose gradient is lse's. So does one whose every visible key has a bias of
+    −inf, if K and V are finite there.
 
     Precision: products accumulate in float32 (float64 for float64); out has q's dtype, lse is float32
-    (float64) of shape (B, Hq, Sq) in either layout. out and lse are both differentiable in q, k, v
-    and bias.
+    (float64) of shape (B, Hq, Sq) in either layout. out and lse are both differentiable in q, k, v,
+    bias and sinks.
 
     Compilation: a problem is what JAX backends compile for. New values of arrays, lengths among them,
     and of q_offset, a number or an array, never compile anew. A new scale, softcap or window does:
@@ -72,6 +74,7 @@ class Problem:
         mask_shape, bias_shape: of the operands in canonical form, or None.
         bias_dtype: of bias, or None.
         q_lengths, kv_lengths, q_segment_ids, kv_segment_ids: whether they are given.
+        sinks: whether they are given.
         return_lse: whether lse is asked for.
     """
 
@@ -98,6 +101,7 @@ class Problem:
     kv_lengths: bool = False
     q_segment_ids: bool = False
     kv_segment_ids: bool = False
+    sinks: bool = False
     return_lse: bool = False
 
     @property

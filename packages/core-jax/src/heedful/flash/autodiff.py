@@ -38,6 +38,8 @@ from heedful.flash.partition import lowering, varying_alike
 from heedful.flash.scores import numbered
 from heedful.flash.tangent import tangent
 from heedful.flash.tiles import Tiles
+from heedful.rules.softmax import FEATURES as BEYOND_THE_KEYS
+from heedful.rules.softmax import with_sinks
 
 # Names for `jax.checkpoint` policies such as `save_only_these_names(*RESIDUALS)`: with all saved, the
 # backward pass does not run the forward pass again. For each query they take Dv + 2 numbers of the
@@ -52,11 +54,13 @@ def flash(problem: Problem, operands: Operands, tiles: Tiles | None = None) -> t
     """
     if 0 in (problem.batch, problem.q_length, problem.kv_length):
         rows = (problem.batch, problem.q_heads, problem.q_length)
-        out = jnp.zeros((*rows, problem.value_dim), problem.dtype)
-        return out, jnp.full(rows, -jnp.inf, problem.accumulator)
-    leaves, tree = jax.tree.flatten(varying_alike(numbered(problem, operands)))
-    kept = Kept(*forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles))
-    return _results(problem.dtype, kept.out.shape, *kept)
+        shapes = (*rows, problem.value_dim), rows, rows
+        kept = Kept(*(jnp.zeros(shape, problem.accumulator) for shape in shapes))
+    else:
+        of_keys = operands._replace(**dict.fromkeys(BEYOND_THE_KEYS))
+        leaves, tree = jax.tree.flatten(varying_alike(numbered(problem, of_keys)))
+        kept = Kept(*forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles))
+    return _results(problem.dtype, kept.out.shape, *with_sinks(operands, *kept))
 
 
 @compiled(static=2, inline=True)  # outside of a trace one call, not one each

@@ -2,6 +2,7 @@
 
     place.py        which batch rows, heads, queries and keys a tile is
     scores.py       from products to scores
+    softmax.py      what its denominator holds beyond the keys
     visibility.py   which keys a query sees
 
 Whoever computes by these rules takes every feature they are about, one that is added to them too.
@@ -9,6 +10,6 @@ Whoever computes by these rules takes every feature they are about, one that is 
 no line.
 """
 
-from heedful.rules import scores, visibility
+from heedful.rules import scores, softmax, visibility
 
-FEATURES = scores.FEATURES | visibility.FEATURES
+FEATURES = scores.FEATURES | softmax.FEATURES | visibility.FEATURES
