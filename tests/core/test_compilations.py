@@ -38,7 +38,7 @@ NEW_VALUES = {
 
 
 @pytest.mark.parametrize(
-    "backend, values",
+    ("backend", "values"),
     [pair for pair in product(JAX_BACKENDS, NEW_VALUES) if pair != ("jax:nn-xla", "sinks")],
 )
 @pytest.mark.parametrize("call", [out, gradient])

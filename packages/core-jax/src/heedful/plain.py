@@ -17,7 +17,7 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.place import Place
 from heedful.rules.scores import added, capped
-from heedful.rules.softmax import with_sinks
+from heedful.rules.softmax import beyond_the_keys
 from heedful.rules.visibility import of_key_heads, visible
 
 
@@ -55,7 +55,7 @@ def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
     empty = total == 0
     weights = (exponentials / jnp.where(empty, 1, total)).reshape(*grouped, *scores_shape[2:])
     out = _einsum("bhgij,bhjd->bhgid", weights, v).reshape(*scores_shape[:3], problem.value_dim)
-    out, highest, total = with_sinks(
+    out, highest, total = beyond_the_keys(
         operands, jnp.where(empty, 0, out), highest[..., 0], total[..., 0]
     )
     empty = total == 0

@@ -39,7 +39,7 @@ from heedful.flash.scores import numbered
 from heedful.flash.tangent import tangent
 from heedful.flash.tiles import Tiles
 from heedful.rules.softmax import FEATURES as BEYOND_THE_KEYS
-from heedful.rules.softmax import with_sinks
+from heedful.rules.softmax import beyond_the_keys
 
 # Names for `jax.checkpoint` policies such as `save_only_these_names(*RESIDUALS)`: with all saved, the
 # backward pass does not run the forward pass again. For each query they take Dv + 2 numbers of the
@@ -60,7 +60,7 @@ def flash(problem: Problem, operands: Operands, tiles: Tiles | None = None) -> t
         of_keys = operands._replace(**dict.fromkeys(BEYOND_THE_KEYS))
         leaves, tree = jax.tree.flatten(varying_alike(numbered(problem, of_keys)))
         kept = Kept(*forward_p.bind(*leaves, problem=problem, tree=tree, tiles=tiles))
-    return _results(problem.dtype, kept.out.shape, *with_sinks(operands, *kept))
+    return _results(problem.dtype, kept.out.shape, *beyond_the_keys(operands, *kept))
 
 
 @compiled(static=2, inline=True)  # outside of a trace one call, not one each

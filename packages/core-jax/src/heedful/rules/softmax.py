@@ -13,7 +13,9 @@ from heedful.call.operands import Operands
 FEATURES = frozenset({"sinks"})
 
 
-def with_sinks(operands: Operands, out: Array, m: Array, l: Array) -> tuple[Array, Array, Array]:
+def beyond_the_keys(
+    operands: Operands, out: Array, m: Array, l: Array
+) -> tuple[Array, Array, Array]:
     """What rows of keys alone come to, with the sinks in their denominators; as it is without sinks.
 
     Of l = Σ exp(s − m), not of lse: rounded beside large scores, that has lost what the weights sum to.
