@@ -17,5 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("heedful", deadline=None, max_examples=25, derandomize="CI" in os.environ)
 settings.load_profile("heedful")
 
+pytest_plugins = ["pytester"]  # for tests of what others' tests are made with
+
 # Their assertions are shown with their values, like those of the tests themselves.
-pytest.register_assert_rewrite("callers", "contract", "definition", "reference")
+pytest.register_assert_rewrite("definition", "reference")

@@ -1,43 +1,43 @@
 """Torch's backends through the contract, and every crossing between torch, JAX and NumPy."""
 
-from callers import JaxCaller, NumpyCaller, TorchCaller
-from contract import EVERYTHING, ONE_OF_EACH_GROUP, REQUIRED, Contract
+from heedful_crosscheck.callers import QUICKLY, JaxCaller, NumpyCaller
+from heedful_crosscheck.contract import REQUIRED, Contract
+from heedful_crosscheck.contract.cases import EVERYTHING, ONE_OF_EACH_GROUP
+from heedful_crosscheck.torch_caller import TorchCaller
 
 
 class TestSdpaMath(Contract, examples=100):
     backend = "torch:sdpa-math"
-    caller = TorchCaller()
+    caller = TorchCaller(on_gpu=False)
     accepts = EVERYTHING - {"lse", "sinks", "softcap", "together"}
 
 
 class TestSdpaFlash(Contract, examples=100):
     backend = "torch:sdpa-flash"
-    caller = TorchCaller()
+    caller = TorchCaller(on_gpu=False)
     accepts = EVERYTHING - {"sinks", "softcap", "together"}
 
 
 class TestSdpaEfficient(Contract, examples=100, needs_gpu=True):
     backend = "torch:sdpa-efficient"
-    caller = TorchCaller(on_gpu=True)
     accepts = frozenset({"lse", "bfloat16", "float16"})
 
 
 class TestSdpaCudnn(Contract, examples=100, needs_gpu=True):
     backend = "torch:sdpa-cudnn"
-    caller = TorchCaller(on_gpu=True)
     accepts = frozenset({"lse"})
 
 
 class TestSdpaMathFromJax(Contract):
     backend = "torch:sdpa-math"
-    caller = JaxCaller()
+    caller = JaxCaller(QUICKLY)
     accepts = TestSdpaMath.accepts
     cases = ONE_OF_EACH_GROUP
 
 
 class TestSdpaFlashFromJax(Contract):
     backend = "torch:sdpa-flash"
-    caller = JaxCaller()
+    caller = JaxCaller(QUICKLY)
     accepts = TestSdpaFlash.accepts
     cases = ONE_OF_EACH_GROUP
 
@@ -51,13 +51,13 @@ class TestSdpaFlashFromNumpy(Contract):
 
 class TestFlashFromTorch(Contract, examples=3):
     backend = "jax:flash"
-    caller = TorchCaller()
+    caller = TorchCaller(on_gpu=False)
     cases = ONE_OF_EACH_GROUP
 
 
 class TestOracleFromTorch(Contract):
     backend = "numpy:oracle"
-    caller = TorchCaller()
+    caller = TorchCaller(on_gpu=False)
     cases = ONE_OF_EACH_GROUP
 
 

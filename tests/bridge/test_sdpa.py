@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import heedful
 import reference
-from contract import CASES
 from heedful import dispatch
 from heedful.call import Call
+from heedful_crosscheck.contract.cases import CASES
 from heedful_torch.backends import row_sums, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
 from heedful_torch.backends.score_mask import additive_shape, score_mask, span_of
 
@@ -577,13 +577,12 @@ def test_without_a_linear_backend_the_least_is_taken():
     assert "torch:sdpa-flash" in str(explanation) and "builds 2 GiB" in str(explanation)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_mask_is_as_large_as_it_is_said_to_be(case):
-    q, k, v, _ = (torch.zeros(1).expand(x.shape) for x in case.operands())
-    options = {
-        name: torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype != "bfloat16" else x
-        for name, x in case.options.items()
-    }
+    inputs = case.inputs(0, "float32")
+    q, k, v = (torch.zeros(1).expand(x.shape) for x in (inputs.q, inputs.k, inputs.v))
+    arrays = {name: torch.from_numpy(x) for name, x in inputs.arrays.items()}
+    options = {**inputs.options, **arrays}
     for name in {"bias", "sinks"} & options.keys():
         options[name] = expanded(*options[name].shape)
     problem = Call.of(q, k, v, **options).problem

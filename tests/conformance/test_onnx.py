@@ -12,16 +12,18 @@ import pytest
 from onnx.backend.test.runner import Runner
 
 import heedful
-from callers import DTYPES, QUICKLY, JaxCaller, NumpyCaller, TorchCaller
 from conformance.onnx_attention import ADAPTATIONS, LEFT_OUT, built, cases, is_attention
+from heedful_crosscheck.callers import QUICKLY, JaxCaller, NumpyCaller
+from heedful_crosscheck.layouts import LAYOUTS
+from heedful_crosscheck.torch_caller import TorchCaller
 
 CASES = cases()
 BACKENDS = {
     "numpy:oracle": NumpyCaller(),
     "jax:plain": JaxCaller(),
     "jax:flash": JaxCaller(),
-    "torch:sdpa-flash": TorchCaller(),
-    "torch:sdpa-math": TorchCaller(),
+    "torch:sdpa-flash": TorchCaller(on_gpu=False),
+    "torch:sdpa-math": TorchCaller(on_gpu=False),
 }
 # The one option of all those in the cases that a backend refuses.
 REFUSED = {"torch:sdpa-flash": "softcap", "torch:sdpa-math": "softcap"}
@@ -42,13 +44,15 @@ def attention(case, backend, dtype):
         return heedful.attention(*qkv, **arrays, **plain, backend=backend)
 
     def array(x):
-        return caller.array(x.astype(dtype) if x.dtype in DTYPES.values() else x)
+        return caller.array(x if x.dtype.kind in "bi" else x.astype(dtype), LAYOUTS["packed"])
 
-    run = jax.jit(call, compiler_options=QUICKLY) if caller.framework == "jax" else call
+    run = jax.jit(call, compiler_options=dict(QUICKLY)) if caller.framework == "jax" else call
     with jax.enable_x64(dtype == np.float64):
-        out = run([array(x) for x in qkv], {name: array(x) for name, x in arrays.items()})
-        assert caller.dtype(out) == str(dtype)
-        return case.answers(caller.float64(out).astype(dtype))
+        out = caller.to_numpy(
+            run([array(x) for x in qkv], {n: array(x) for n, x in arrays.items()})
+        )
+        assert out.dtype == dtype
+        return case.answers(out)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -3,23 +3,26 @@
 import jax
 import pytest
 
-from callers import NumpyCaller
-from contract import CASES, EVERYTHING, ONE_OF_EACH_GROUP, REQUIRED, Contract
+from heedful_crosscheck.callers import QUICKLY, JaxCaller, NumpyCaller
+from heedful_crosscheck.contract import REQUIRED, Contract
+from heedful_crosscheck.contract.cases import CASES, EVERYTHING, ONE_OF_EACH_GROUP
 
 
 class TestOracle(Contract, examples=100):
     backend = "numpy:oracle"
-    caller = NumpyCaller()
+    strict = True
 
 
 class TestPlain(Contract):
     backend = "jax:plain"
     cases = CASES  # each case is compiled
+    strict = True
 
 
 class TestFlash(Contract):
     backend = "jax:flash"
     cases = CASES
+    strict = True
 
 
 class TestNnXla(Contract):
@@ -49,6 +52,7 @@ class TestNnCudnn(Contract, needs_gpu=True):
 
 class TestOracleFromJax(Contract, examples=3):
     backend = "numpy:oracle"
+    caller = JaxCaller(QUICKLY)
     cases = ONE_OF_EACH_GROUP
 
 

@@ -14,7 +14,6 @@ from definition import visible_by_definition
 from hypothesis import given
 from hypothesis import strategies as st
 
-from callers import QUICKLY
 from heedful.call import Call
 from heedful.flash import flash
 from heedful.flash.autodiff import RESIDUALS
@@ -22,6 +21,7 @@ from heedful.flash.forward import forward
 from heedful.flash.scores import numbered
 from heedful.flash.tiles import TILE_BYTES, Tiles, keys_seen, queries_seen, start, tile_sizes
 from heedful.plain import plain
+from heedful_crosscheck.callers import QUICKLY
 from reference import without_idle_offset
 
 TILES = Tiles(batch=1, kv_heads=1, queries=16, keys=24)
@@ -154,7 +154,7 @@ def derivatives(attend, dtype, bias=0.0):
             lse, weights[1].astype(accumulator)
         )
 
-    @partial(jax.jit, compiler_options=QUICKLY)
+    @partial(jax.jit, compiler_options=dict(QUICKLY))
     def every(qkv):
         gradient = jax.grad(loss, (0, 1, 2))
         results = gradient(*qkv)
@@ -309,7 +309,7 @@ def check_hidden(name, attend, order):
     along = normal_like(moving, seed=7)
     weights = normal_like(jax.eval_shape(partial(plain, problem), operands), seed=8)
 
-    @partial(jax.jit, compiler_options=QUICKLY)
+    @partial(jax.jit, compiler_options=dict(QUICKLY))
     def derive(moving, along, weights):
         def loss(moving):
             out, lse = attend(problem, operands._replace(**moving))

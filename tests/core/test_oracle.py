@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from heedful import oracle
 from heedful.backends.numpy_oracle import backend
 from heedful.call import Call
-from reference import without_idle_offset
+from heedful_crosscheck.ask import ask
+from heedful_crosscheck.contract.cases import CASES, FORMS
+from heedful_crosscheck.question import Question
+from reference import attention, without_idle_offset
 
 # (B, Hq, Hkv, Sq, Sk, D, Dv). Few, because JAX compiles the dense function anew for each.
 SHAPES = {
@@ -44,6 +47,34 @@ def judge(q, k, v, dout, dlse, **options):
     problem, operands = call.problem, call.operands
     gradients = oracle.gradients(problem, operands, dout, dlse)
     return (*oracle.forward(problem, operands), *gradients[:3], gradients.bias)
+
+
+# Against the tests' own reference, which shares no line with it, over all that backends are judged on
+
+
+@pytest.mark.parametrize("case", CASES + FORMS, ids=lambda case: case.name)
+def test_agrees_with_attention_row_by_row(case):
+    """Backends are judged by the oracle, and the oracle by this."""
+    question = Question.of(case, 0, "float64")
+    inputs = question.inputs
+    right = attention(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        question.as_called(question.out_cotangent),
+        question.rows_as_called(question.lse_cotangent),
+        **inputs.options,
+    )
+    got = ask("numpy:oracle", question, question.poisoned or inputs, with_lse=True)
+    names = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
+    for name, want in zip(names, right, strict=True):
+        if want is None:
+            assert name not in got
+            continue
+        assert got[name].shape == want.shape, name
+        np.testing.assert_array_equal(np.isneginf(got[name]), np.isneginf(want))
+        largest = np.abs(want, where=np.isfinite(want), out=np.zeros_like(want)).max(initial=1)
+        np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-12 * largest)
 
 
 @pytest.fixture

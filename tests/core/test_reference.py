@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 import reference
-from contract import CASES, FORMS
+from heedful_crosscheck.contract.cases import CASES, FORMS
+from heedful_crosscheck.question import Question
 
-CHECKED = [case for case in CASES + FORMS if case.dtype == "float32" and case.Sk <= 12]
+CHECKED = [
+    case for case in CASES + FORMS if case.dtype == "float32" and case.make.sizes.kv_length <= 12
+]
 
 
 def test_by_hand():
@@ -22,13 +25,15 @@ def test_by_hand():
     assert lse[1] == -np.inf
 
 
-@pytest.mark.parametrize("case", CHECKED, ids=str)
+@pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.name)
 def test_gradients_are_those_of_the_function(case):
-    *operands, out_cotangent = (x.astype(np.float64) for x in case.operands())
-    lse_cotangent = case.lse_cotangent().astype(np.float64)
-    options = dict(case.options)
+    question = Question.of(case, 0, "float64")
+    out_cotangent = question.as_called(question.out_cotangent)
+    lse_cotangent = question.rows_as_called(question.lse_cotangent)
+    q, k, v, options = (getattr(question.inputs, name) for name in ("q", "k", "v", "options"))
+    options = dict(options)
     others = [name for name in ("bias", "sinks") if name in options]
-    operands += [options.pop(name).astype(np.float64) for name in others]
+    operands = [q, k, v, *(options.pop(name) for name in others)]
     rng = np.random.default_rng(1)
     direction = [rng.standard_normal(x.shape) for x in operands]
 

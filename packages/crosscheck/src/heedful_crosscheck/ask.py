@@ -1,13 +1,15 @@
 """Puts a question to a backend the way a user would, from the framework whose arrays call."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import jax
 import numpy as np
 
 from heedful import dispatch
 from heedful.call import Call
 from heedful.call.options import DIFFERENTIABLE
-from heedful_crosscheck.callers import Attend, Caller, Named, caller_of
+from heedful_crosscheck.callers import Attend, Named, caller_of
 from heedful_crosscheck.cases import Inputs
 from heedful_crosscheck.layouts import LAYOUTS
 from heedful_crosscheck.question import Question
@@ -26,6 +28,11 @@ class Refused(Exception):
         self.reasons = reasons
 
 
+def float64_where_asked(dtype: str) -> AbstractContextManager[object]:
+    """JAX has float64 only while x64 is on, which each thread switches for itself."""
+    return jax.enable_x64(True) if dtype == "float64" else nullcontext()
+
+
 def framework(backend: str) -> str:
     """A backend's framework: "numpy", "jax" or "torch"."""
     return backend.partition(":")[0]
@@ -37,7 +44,6 @@ def ask(
     inputs: Inputs,
     with_lse: bool,
     lse_cotangent: np.ndarray | None = None,
-    caller: Caller | None = None,
 ) -> Tensors:
     """out, lse where it is asked for, and the gradients, dq and so on, where the caller differentiates.
 
@@ -47,7 +53,6 @@ def ask(
         inputs: the question's inputs, or its poisoned ones.
         with_lse: whether LSE is asked for and differentiated.
         lse_cotangent: (B, Hq, Sq), in place of the question's own.
-        caller: whose arrays call; None: the case's, or else the backend's own framework's.
 
     Returns:
         NumPy arrays in the rank and layout of the call.
@@ -55,7 +60,7 @@ def ask(
     Raises:
         Refused: the backend cannot; and whatever it raises while it tries.
     """
-    asked = _Asked(backend, question, inputs, with_lse, caller)
+    asked = Asked(backend, question, inputs, with_lse)
     _check_accepted(asked)
     cotangents = asked.cotangents(lse_cotangent)
     results, found = asked.caller.pull_back(
@@ -87,7 +92,7 @@ def ask_second(
     Raises:
         whatever the backend raises, where it has none too.
     """
-    asked = _Asked(backend, question, question.poisoned or question.inputs, with_lse)
+    asked = Asked(backend, question, question.poisoned or question.inputs, with_lse)
     along = {
         n: asked.array(question.as_called(u) if n in "qkv" else u) for n, u in direction.items()
     }
@@ -99,20 +104,20 @@ def ask_second(
     return {f"d2{n}": asked.caller.to_numpy(x) for n, x in found.items()}
 
 
-class _Asked:
-    """A question's arrays in the caller's framework."""
+class Asked:
+    """A question's arrays in the caller's framework.
 
-    def __init__(
-        self,
-        backend: str,
-        question: Question,
-        inputs: Inputs,
-        with_lse: bool,
-        caller: Caller | None = None,
-    ):
-        self.question, self.with_lse = question, with_lse
+    Attributes:
+        backend: its name.
+        caller: whose arrays they are.
+        primals, constants: the arrays that are differentiated, and the others.
+        options: those that are no arrays.
+    """
+
+    def __init__(self, backend: str, question: Question, inputs: Inputs, with_lse: bool):
+        self.backend, self.question, self.with_lse = backend, question, with_lse
         try:
-            self.caller = caller or caller_of(question.case.caller or framework(backend))
+            self.caller = question.caller or caller_of(question.calls_from or framework(backend))
         except LookupError as missing:
             raise Refused((str(missing),)) from missing
         self.given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.arrays}
@@ -141,7 +146,7 @@ class _Asked:
                 raise RuntimeError(f"the call wrote into {name}, which is the caller's")
 
 
-def _check_accepted(asked: _Asked) -> None:
+def _check_accepted(asked: Asked) -> None:
     """Raises `Refused` where the backend gives reasons, and what it raises instead of giving them."""
     problem = Call.of(**asked.primals, **asked.constants, **asked.options).problem
     instance = asked.attend.instance.backend
@@ -154,7 +159,7 @@ def _check_accepted(asked: _Asked) -> None:
         raise Refused(reasons)
 
 
-def _own_gradients(asked: _Asked, lse_cotangent: np.ndarray | None) -> Tensors:
+def _own_gradients(asked: Asked, lse_cotangent: np.ndarray | None) -> Tensors:
     """NumPy differentiates nothing: a NumPy backend's own `gradients` stand for it."""
     question = asked.question
     call = Call.of(**asked.primals, **asked.constants, **asked.options)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Attend:
 
 
 class Caller(Protocol):
-    """A framework from which heedful is called.
+    """A framework from which heedful is called; equal ones call alike.
 
     Attributes:
         framework: its name.
@@ -69,12 +69,18 @@ class Caller(Protocol):
 
     framework: str
 
+    def __hash__(self) -> int: ...
+
     def array(self, x: np.ndarray, layout: Layout) -> Any:
         """A copy of its own, laid out so where the framework knows strides."""
         ...
 
     def to_numpy(self, x: Any) -> np.ndarray:
-        """Its numbers."""
+        """Its numbers.
+
+        Raises:
+            TypeError: it is no array of this framework.
+        """
         ...
 
     def pull_back(
@@ -95,6 +101,16 @@ class Caller(Protocol):
         ...
 
 
+Kind = TypeVar("Kind")
+
+
+def of_kind(kind: type[Kind], x: Any) -> Kind:
+    """x, where it is of the kind that called."""
+    if not isinstance(x, kind):
+        raise TypeError(f"the call was made with {kind.__name__}, and answered with {type(x)}")
+    return x
+
+
 def caller_of(framework: str) -> Caller:
     """The caller of a framework's name; torch's imports torch.
 
@@ -113,6 +129,7 @@ def caller_of(framework: str) -> Caller:
     return TorchCaller()
 
 
+@dataclass(frozen=True)
 class NumpyCaller:
     """NumPy, which differentiates nothing."""
 
@@ -122,7 +139,7 @@ class NumpyCaller:
         return layout.of(x, np.copy)
 
     def to_numpy(self, x: np.ndarray) -> np.ndarray:
-        return x
+        return of_kind(np.ndarray, x)
 
     def pull_back(
         self, attend: Attend, primals: Named, constants: Named, cotangents: Sequence[Any]
@@ -158,7 +175,7 @@ class JaxCaller:
         return jnp.asarray(x)  # without strides
 
     def to_numpy(self, x: jax.Array) -> np.ndarray:
-        return np.asarray(x)
+        return np.asarray(of_kind(jax.Array, x))
 
     def pull_back(
         self, attend: Attend, primals: Named, constants: Named, cotangents: Sequence[Any]

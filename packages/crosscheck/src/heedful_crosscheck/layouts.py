@@ -21,7 +21,7 @@ class Layout(NamedTuple):
 
     def of(self, x: np.ndarray, make: Callable[[np.ndarray], Any]) -> Any:
         """An array like x, of the framework that `make` copies NumPy's arrays to, laid out so."""
-        if x.ndim < 2:
+        if x.ndim < 2 or not x.size:
             return make(x)
         if 0 in x.strides:  # axes that were expanded stay so
             once = tuple(slice(1) if step == 0 else slice(None) for step in x.strides)

@@ -12,6 +12,7 @@ import numpy as np
 
 from heedful import Operands, Problem, oracle
 from heedful.call import Call
+from heedful_crosscheck.callers import Caller
 from heedful_crosscheck.cases import Case, InputError, Inputs
 from heedful_crosscheck.factors import AXES
 from heedful_crosscheck.tolerance import Standard
@@ -40,6 +41,7 @@ class Question:
     Attributes:
         problem: of the inputs as NumPy arrays, LSE asked for.
         out_cotangent, lse_cotangent: NumPy, (B, Hq, Sq, Dv) and (B, Hq, Sq).
+        caller: whose arrays call; None: the case's, or else the backend's own framework's.
     """
 
     case: Case
@@ -48,9 +50,10 @@ class Question:
     problem: Problem
     out_cotangent: np.ndarray
     lse_cotangent: np.ndarray
+    caller: Caller | None = None
 
     @classmethod
-    def of(cls, case: Case, seed: int, dtype: str) -> "Question":
+    def of(cls, case: Case, seed: int, dtype: str, caller: Caller | None = None) -> "Question":
         """The question that a case asks in a dtype.
 
         Raises:
@@ -62,7 +65,12 @@ class Question:
         rows = (problem.batch, problem.q_heads, problem.q_length)
         out_cotangent = random.standard_normal((*rows, problem.value_dim)).astype(dtype)
         lse_cotangent = random.standard_normal(rows).astype(problem.accumulator)
-        return cls(case, dtype, inputs, problem, out_cotangent, lse_cotangent)
+        return cls(case, dtype, inputs, problem, out_cotangent, lse_cotangent, caller)
+
+    @property
+    def calls_from(self) -> str | None:
+        """The framework of the arrays; None: the backend's own."""
+        return self.case.caller if self.caller is None else self.caller.framework
 
     # What is right
 

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # h
 import heedful
 from heedful.dispatch.registry import in_a_line
 from heedful.results import WrongResult
-from heedful_crosscheck.ask import Refused, ask, ask_second, framework
+from heedful_crosscheck.ask import Refused, ask, ask_second, float64_where_asked, framework
 from heedful_crosscheck.callers import caller_of
 from heedful_crosscheck.cases import Case, InputError
 from heedful_crosscheck.question import Question
@@ -37,6 +37,9 @@ _one_at_a_time = Lock()
 # Questions are asked before the ones ahead of them are answered, so that nobody waits for a compilation
 # of somebody else; each holds its inputs and what is right, so that this is for small ones.
 AHEAD, SMALL = 2, 2**22
+
+# What bridges warn of: here arrays lie oddly on purpose.
+COPIED = ".*(to_jax|was) copied"
 
 Progress = Callable[[int, int, str], None]
 Fault = tuple[str | None, str]  # the tensor, None for an exception, and what is wrong
@@ -124,8 +127,7 @@ def collect_outcomes(
     # the time. torch's and XLA's are left as they are.
     one_thread = threadpool_limits(1, user_api="blas")
     with one_thread, warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
-        # Of arrays that lie oddly on purpose.
-        warnings.filterwarnings("ignore", ".*(to_jax|was) copied", UserWarning)
+        warnings.filterwarnings("ignore", COPIED, UserWarning)
         asked: deque[list[Future[Outcome]]] = deque()  # question by question
 
         def wait(most: int) -> None:
@@ -208,12 +210,10 @@ def outcome(name: str, question: Question) -> Outcome:
     """One backend's answer to one question, judged."""
     case, dtype = question.case, question.dtype
     result = Outcome(name, case.name, case.group, dtype)
-    beside_others = framework(name) == "jax" and case.caller in (None, "jax")
-    # JAX has float64 only while x64 is on, which each thread switches for itself.
-    float64 = jax.enable_x64(True) if dtype == "float64" else nullcontext()
+    beside_others = framework(name) == "jax" and question.calls_from in (None, "jax")
     faults: list[Fault]
     try:
-        with float64, nullcontext() if beside_others else _one_at_a_time:
+        with float64_where_asked(dtype), nullcontext() if beside_others else _one_at_a_time:
             started = time.perf_counter()
             with_lse, lse_reasons, answer = _first_answer(name, question)
             seconds = time.perf_counter() - started

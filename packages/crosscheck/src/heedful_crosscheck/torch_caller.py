@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from heedful_crosscheck.callers import Attend, Named, Results
+from heedful_crosscheck.callers import Attend, Named, Results, of_kind
 from heedful_crosscheck.layouts import Layout
 
 
@@ -39,7 +39,10 @@ class TorchCaller:
         return (tensor if bits is x else tensor.view(torch.bfloat16)).to(self.device)
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
-        x = x.detach().cpu().contiguous()
+        x = of_kind(torch.Tensor, x).detach()
+        if x.device.type != self.device:
+            raise TypeError(f"the call was made on {self.device}, and answered on {x.device}")
+        x = x.cpu().contiguous()
         if x.dtype == torch.bfloat16:
             return x.view(torch.uint16).numpy().view("bfloat16")
         return x.numpy()
