@@ -19,7 +19,7 @@ from heedful.flash import flash
 from heedful.flash.autodiff import RESIDUALS
 from heedful.flash.forward import forward
 from heedful.flash.scores import numbered
-from heedful.flash.tiles import TILE_BYTES, Tiles, keys_seen, queries_seen, start, tile_sizes
+from heedful.flash.tiles import TILE_BYTES, Tiles, keys_met, queries_met, start, tile_sizes
 from heedful.plain import plain
 from heedful_crosscheck.callers import QUICKLY
 from reference import without_idle_offset
@@ -437,8 +437,8 @@ def test_tiles_seen_are_exactly_those_with_a_visible_pair(
     pairs = visible_by_definition(1, 1, q_length, kv_length, causal=causal, **options)[0, 0]
     tiles = Tiles(1, 1, min(queries, q_length), min(keys, kv_length))
     for see, seen, own, other in (
-        (pairs, keys_seen, tiles.queries, tiles.keys),
-        (pairs.T, queries_seen, tiles.keys, tiles.queries),
+        (pairs, keys_met, tiles.queries, tiles.keys),
+        (pairs.T, queries_met, tiles.keys, tiles.queries),
     ):
         for i in range(-(-see.shape[0] // own)):
             begin = start(jnp.int32(i), see.shape[0], own)
@@ -461,7 +461,7 @@ def test_of_packed_sequences_the_tiles_of_each_are_visited_alone():
     q = np.zeros((1, 1, 160, 1))
     call = Call.of(q, q, q, q_segment_ids=ids, kv_segment_ids=ids)
     operands = jax.tree.map(jnp.asarray, call.operands)
-    for seen in (keys_seen, queries_seen):
+    for seen in (keys_met, queries_met):
         visited = 0
         for i in range(8):
             found = seen(call.problem, operands, Tiles(1, 1, 20, 20), jnp.int32(20 * i))

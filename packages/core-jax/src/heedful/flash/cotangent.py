@@ -38,7 +38,7 @@ from heedful.flash.tiles import (
     cut,
     join,
     over_heads,
-    queries_seen,
+    queries_met,
     start,
     tile_sizes,
     visit,
@@ -116,9 +116,9 @@ def cotangent(
 
             # Turned, as `gather` makes them: (b·h, D, keys).
             dk, dv = (jnp.zeros(x.swapaxes(1, 2).shape, accumulator) for x in (k, v))
-            seen = queries_seen(problem, operands, tiles, start(j, problem.kv_length, tiles.keys))
+            met = queries_met(problem, operands, tiles, start(j, problem.kv_length, tiles.keys))
             every = query_tiles if every_tile else None
-            dq, sums, dk, dv = visit(seen, step, (*carry, dk, dv), every=every)
+            dq, sums, dk, dv = visit(met, step, (*carry, dk, dv), every=every)
             dk, dv = (unfold_keys(tiles, x.swapaxes(1, 2)) for x in (dk, dv))
             return (dq, sums), (dk, dv)
 

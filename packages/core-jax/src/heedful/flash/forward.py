@@ -25,7 +25,7 @@ from heedful.flash.tiles import (
     count,
     count_up,
     join,
-    keys_seen,
+    keys_met,
     over_heads,
     start,
     tile_sizes,
@@ -84,8 +84,8 @@ def forward(problem: Problem, given: Numbered, *, tiles: Tiles | None = None) ->
             m = jnp.full(rows, smallest, problem.accumulator)
             l = jnp.zeros(rows, problem.accumulator)
             out = jnp.zeros((*rows, problem.value_dim), problem.accumulator)
-            seen = keys_seen(problem, operands, tiles, start(i, problem.q_length, tiles.queries))
-            m, l, out = visit(seen, step, (m, l, out))
+            met = keys_met(problem, operands, tiles, start(i, problem.q_length, tiles.queries))
+            m, l, out = visit(met, step, (m, l, out))
             out = out / jnp.where(l == 0, 1, l)[..., None]
             return Kept(*(unfold_queries(problem, tiles, x) for x in (out, m, l)))  # line 13
 

@@ -41,7 +41,7 @@ from heedful.flash.tiles import (
     count,
     count_up,
     join,
-    keys_seen,
+    keys_met,
     over_heads,
     start,
     tile_sizes,
@@ -103,9 +103,9 @@ def tangent(
 
             out_sum = jnp.zeros((*q.shape[:2], problem.value_dim), accumulator)
             l_dot = jnp.zeros(q.shape[:2], accumulator)
-            seen = keys_seen(problem, operands, tiles, start(i, problem.q_length, tiles.queries))
+            met = keys_met(problem, operands, tiles, start(i, problem.q_length, tiles.queries))
             every = key_tiles if every_tile else None
-            out_sum, l_dot = visit(seen, step, (out_sum, l_dot), every=every)
+            out_sum, l_dot = visit(met, step, (out_sum, l_dot), every=every)
             total = jnp.where(alive, l, 1)
             out_dot = (out_sum - l_dot[..., None] * out) / total[..., None]
             out_dot, l_dot = clean(out_dot, alive[..., None]), clean(l_dot, alive)

@@ -163,7 +163,7 @@ def over_heads(
     return jax.tree.map(whole, results), sums
 
 
-class Seen(NamedTuple):
+class Met(NamedTuple):
     """The tiles along one axis that a tile of the other axis meets: first ≤ clear ≤ clear_end ≤ end.
 
     Those in [clear, clear_end) are seen whole and need no mask; those outside of [first, end) not at
@@ -176,31 +176,31 @@ class Seen(NamedTuple):
     end: Any
 
 
-def keys_seen(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Seen:
+def keys_met(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Met:
     """The key tiles that the query tile from `begin` meets."""
     found = reach(problem, operands, begin, tiles.queries, along="keys")
-    return _seen(found, problem.kv_length, tiles.keys)
+    return _met(found, problem.kv_length, tiles.keys)
 
 
-def queries_seen(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Seen:
+def queries_met(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Met:
     """The query tiles that meet the key tile from `begin`."""
     found = reach(problem, operands, begin, tiles.keys, along="queries")
     # A last tile that overlaps the one before it would give its share of dq twice: mask it.
     if problem.kv_length % tiles.keys and found.clear_high is not None:
         overlaps = begin % tiles.keys != 0
         found = found._replace(clear_high=jnp.where(overlaps, 0, found.clear_high))
-    return _seen(found, problem.q_length, tiles.queries)
+    return _met(found, problem.q_length, tiles.queries)
 
 
-def _seen(found: Reach, length: int, size: int) -> Seen:
+def _met(found: Reach, length: int, size: int) -> Met:
     """A range of one axis, in tiles of a size."""
     n = count(length, size)
     first = _clip(found.low // size, 0, n)
     end = _clip(-(-found.high // size), first, n)
     if found.clear_high is None:
-        return Seen(first, end, end, end)
+        return Met(first, end, end, end)
     clear = _clip(-(-found.clear_low // size), first, end)
-    return Seen(first, clear, _clip(found.clear_high // size, clear, end), end)
+    return Met(first, clear, _clip(found.clear_high // size, clear, end), end)
 
 
 def _clip(x: Any, low: Any, high: Any) -> Any:
@@ -210,30 +210,30 @@ def _clip(x: Any, low: Any, high: Any) -> Any:
 
 
 def visit(
-    seen: Seen, step: Callable[[Array, Any, bool], Any], carry: Any, *, every: int | None = None
+    met: Met, step: Callable[[Array, Any, bool], Any], carry: Any, *, every: int | None = None
 ) -> Any:
-    """Folds `step(tile index, carry, masked)` over the tiles seen.
+    """Folds `step(tile index, carry, masked)` over the tiles that one meets.
 
     Args:
-        seen: which tiles.
+        met: which tiles.
         step: computes one tile; `masked` says whether it must ask what is visible.
         carry: what the fold starts from.
-        every: visit this many tiles, masked, seen or not: loops with a fixed number of steps, which
+        every: visit this many tiles, masked, met or not: loops with a fixed number of steps, which
             JAX can differentiate in reverse.
     """
     if every is not None:
         body = jax.checkpoint(lambda carry, index: (step(index, carry, True), None))
         return lax.scan(body, carry, count_up(every))[0]
-    before, after = seen.clear - seen.first, seen.end - seen.clear_end
+    before, after = met.clear - met.first, met.end - met.clear_end
 
     def boundary(n: Array, carry: Any) -> Any:
-        return step(jnp.where(n < before, seen.first + n, seen.clear_end + n - before), carry, True)
+        return step(jnp.where(n < before, met.first + n, met.clear_end + n - before), carry, True)
 
     def clear(n: Array, carry: Any) -> Any:
         return step(n, carry, False)
 
     # Both boundaries in one loop: half the code to compile, and the order of tiles is free.
-    for begin, end, body in ((0, before + after, boundary), (seen.clear, seen.clear_end, clear)):
+    for begin, end, body in ((0, before + after, boundary), (met.clear, met.clear_end, clear)):
         if not _same(begin, end):
             carry = lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, carry)
     return carry
