@@ -8,10 +8,11 @@ batch of matrices.
 
 import os
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -121,7 +122,20 @@ class Numbered(NamedTuple):
 
 def numbered(problem: Problem, operands: Operands) -> Numbered:
     """The operands of a whole call."""
-    return Numbered(operands, count_up(problem.batch), count_up(problem.q_heads)[None])
+    if any(isinstance(x, jax.core.Tracer) for x in operands.given.values()):
+        return Numbered(operands, *_numbers(problem.batch, problem.q_heads))
+    mesh = jax.sharding.get_abstract_mesh()  # of which their types speak
+    return Numbered(operands, *_kept_numbers(mesh, problem.batch, problem.q_heads))
+
+
+def _numbers(batch: int, heads: int) -> tuple[Array, Array]:
+    return count_up(batch), count_up(heads)[None]
+
+
+@lru_cache(64)
+def _kept_numbers(_mesh: object, batch: int, heads: int) -> tuple[Array, Array]:
+    """Outside of a trace they would cost each call two operations of their own."""
+    return _numbers(batch, heads)
 
 
 class Tile(NamedTuple):
