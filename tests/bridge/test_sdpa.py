@@ -18,14 +18,16 @@ import reference
 from heedful import dispatch
 from heedful.call import Call
 from heedful_crosscheck.contract.cases import CASES
-from heedful_torch.backends import row_sums, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
+from heedful_torch.backends import kernel, row_sums
 from heedful_torch.backends.score_mask import additive_shape, score_mask, span_of
+from heedful_torch.backends.sdpa import cudnn, efficient, flash
+from heedful_torch.backends.sdpa import math as sdpa_math
 
 BACKENDS = {
     "torch:sdpa-math": sdpa_math.backend,
-    "torch:sdpa-flash": sdpa_flash.backend,
-    "torch:sdpa-efficient": sdpa_efficient.backend,
-    "torch:sdpa-cudnn": sdpa_cudnn.backend,
+    "torch:sdpa-flash": flash.backend,
+    "torch:sdpa-efficient": efficient.backend,
+    "torch:sdpa-cudnn": cudnn.backend,
 }
 ROUNDING = {
     torch.float64: 1e-13,
@@ -176,20 +178,20 @@ def test_a_window_at_decoding_touches_the_window_alone():
 @pytest.mark.parametrize(
     ("lengths", "options", "expected"),
     [
-        ((5, 5), {}, (range(5), range(5), "nothing", 0)),
-        ((5, 5), {"causal": True}, (range(5), range(5), "diagonal", 0)),
-        ((5, 9), {"causal": True}, (range(5), range(9), "diagonal", 4)),
-        ((5, 9), {"causal": "top_left"}, (range(5), range(5), "diagonal", 0)),
-        ((9, 5), {"causal": True}, (range(4, 9), range(5), "diagonal", 0)),
-        ((9, 5), {"causal": "top_left"}, (range(9), range(5), "diagonal", 0)),
-        ((1, 9), {"causal": True}, (range(1), range(9), "nothing", 0)),
-        ((5, 9), {"causal": True, "q_offset": 30}, (range(5), range(9), "nothing", 0)),
-        ((5, 9), {"causal": True, "q_offset": -9}, (range(5, 5), range(0), "nothing", 0)),
-        ((1, 9), {"window": (2, 0)}, (range(1), range(6, 9), "nothing", 0)),
-        ((5, 9), {"window": (None, 1)}, (range(5), range(9), "diagonal", 5)),
-        ((5, 9), {"window": (2, 1)}, (range(5), range(2, 9), "band", 0)),
-        ((9, 4), {"window": (1, 0), "q_offset": 0}, (range(5), range(4), "band", 0)),
-        ((3, 0), {"causal": True}, (range(3, 3), range(0), "nothing", 0)),
+        ((5, 5), {}, (range(5), range(5), "nothing", None, None)),
+        ((5, 5), {"causal": True}, (range(5), range(5), "band", None, 0)),
+        ((5, 9), {"causal": True}, (range(5), range(9), "band", None, 4)),
+        ((5, 9), {"causal": "top_left"}, (range(5), range(5), "band", None, 0)),
+        ((9, 5), {"causal": True}, (range(4, 9), range(5), "band", None, 0)),
+        ((9, 5), {"causal": "top_left"}, (range(9), range(5), "band", None, 0)),
+        ((1, 9), {"causal": True}, (range(1), range(9), "nothing", None, None)),
+        ((5, 9), {"causal": True, "q_offset": 30}, (range(5), range(9), "nothing", None, None)),
+        ((5, 9), {"causal": True, "q_offset": -9}, (range(5, 5), range(0), "nothing", None, None)),
+        ((1, 9), {"window": (2, 0)}, (range(1), range(6, 9), "nothing", None, None)),
+        ((5, 9), {"window": (None, 1)}, (range(5), range(9), "band", None, 5)),
+        ((5, 9), {"window": (2, 1)}, (range(5), range(2, 9), "band", 0, 3)),
+        ((9, 4), {"window": (1, 0), "q_offset": 0}, (range(5), range(4), "band", -1, 0)),
+        ((3, 0), {"causal": True}, (range(3, 3), range(0), "nothing", None, None)),
     ],
 )
 def test_span(lengths, options, expected):
@@ -219,7 +221,7 @@ def test_lse_cotangents_of_any_size_survive_half_precision(dtype, size):
     dlse = size * (1 + torch.rand(1000, dtype=torch.float64)).float().reshape(1, 1, 1000)
     dlse[..., ::2] *= -1
     zeros = torch.zeros(1, 1, 1000, 8, dtype=dtype)
-    dout, out = sdpa._with_lse_cotangent(dlse, zeros, zeros, 16)
+    dout, out = kernel._with_lse_cotangent(dlse, zeros, zeros, 16)
     delta = (dout.float() * out.float()).sum(-1)
     np.testing.assert_allclose(delta.numpy(), -dlse.numpy(), rtol=3e-7)
 
@@ -387,7 +389,7 @@ def test_what_a_row_of_them_sums_to_is_asked_only_where_it_is_large(monkeypatch)
     q, k, _ = qkv(Sq=40)
     lse = torch.full((2, 4, 40), 15.9)
     lse[1, 2, :32:3], lse[0, 0, 0], lse[0, 0, 1] = -17.0, torch.inf, torch.nan
-    sums = row_sums.row_sums(q, k, None, None, 1.0, lse, False)
+    sums = row_sums.row_sums(q, k, None, 1.0, None, None, None, lse, False)
     assert (sums[1, 2, :32:3] == -17).all()
     assert (sums == 1).sum() == 2 * 4 * 40 - 11
     assert asked == [slice(0, 32)]
@@ -396,8 +398,19 @@ def test_what_a_row_of_them_sums_to_is_asked_only_where_it_is_large(monkeypatch)
 def test_the_operator_of_the_sums_is_well_formed():
     q, k, _ = (x.detach() for x in qkv())
     lse = torch.full((2, 4, 6), 20.0)
-    arguments = (q, k, normal(1, 1, 6, 9), 3, 1.0, lse, True)
+    arguments = (q, k, normal(1, 1, 6, 9), 1.0, 30.0, -2, 3, lse, True)
     torch.library.opcheck(torch.ops.heedful.row_sums, arguments)
+
+
+def test_the_sums_are_over_what_is_seen_of_scores_as_they_are_capped():
+    q, k, _ = (4 * x.detach() for x in qkv(Sk=700))
+    seen = torch.ones(6, 700, dtype=torch.bool).tril(600).triu(3)
+    scores = 30 * torch.tanh(0.5 * q @ k.repeat_interleave(2, 1).mT / 30)
+    scores = torch.where(seen, scores, -torch.inf)
+    lse = scores.logsumexp(-1) + 0.1
+    assert (lse > row_sums.HARMLESS).all()
+    sums = row_sums.row_sums(q, k, None, 0.5, 30.0, 3, 600, lse, False)
+    torch.testing.assert_close(sums, torch.exp(scores - lse[..., None]).sum(-1))
 
 
 # What the operators would get wrong
@@ -828,7 +841,7 @@ class StandIn:
 
 def on_cuda(monkeypatch, backend):
     """A call of a CUDA kernel, which the stand-in plays."""
-    module = {"flash": sdpa_flash, "efficient": sdpa_efficient, "cudnn": sdpa_cudnn}
+    module = {"flash": flash, "efficient": efficient, "cudnn": cudnn}
     monkeypatch.setattr(module[backend.partition("-")[2]], "aten", StandIn())
 
     def call(q, k, v, **options):

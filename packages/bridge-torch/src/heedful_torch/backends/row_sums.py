@@ -24,8 +24,10 @@ def row_sums(
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
-    diagonal: int | None,
     scale: float,
+    softcap: float | None,
+    below: int | None,
+    above: int | None,
     lse: Tensor,
     widened: bool,
 ) -> Tensor:
@@ -38,13 +40,16 @@ def row_sums(
     Args:
         q, k: (B, Hq, Sq, D), (B, Hkv, Sk, D).
         mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk), or None.
-        diagonal: keys j > i + diagonal are hidden; None: none is.
         scale: of the scores.
+        softcap: c of c·tanh(s/c), or None.
+        below, above: keys j < i + below and j > i + above are hidden; None: none is.
         lse: (B, Hq, Sq), as the kernel is given it.
         widened: whether q and k have more columns than the forward pass saw, of zeros. Their products
             may then add up in another order, and the rounding is that of ‖q‖ ‖k‖.
     """
-    sums: Tensor = torch.ops.heedful.row_sums.default(q, k, mask, diagonal, scale, lse, widened)
+    sums: Tensor = torch.ops.heedful.row_sums.default(
+        q, k, mask, scale, softcap, below, above, lse, widened
+    )
     return sums
 
 
@@ -52,8 +57,8 @@ def row_sums(
 # `torch.library.custom_op` adds 8 µs to each call.
 torch.library.define(
     "heedful::row_sums",
-    "(Tensor q, Tensor k, Tensor? mask, int? diagonal, float scale, Tensor lse, bool widened)"
-    " -> Tensor",
+    "(Tensor q, Tensor k, Tensor? mask, float scale, float? softcap, int? below, int? above, Tensor lse,"
+    " bool widened) -> Tensor",
 )
 
 
@@ -62,8 +67,10 @@ def _(
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
-    diagonal: int | None,
     scale: float,
+    softcap: float | None,
+    below: int | None,
+    above: int | None,
     lse: Tensor,
     widened: bool,
 ) -> Tensor:
@@ -76,13 +83,14 @@ def _(
     if not large.any():
         return sums
     large &= lse.isfinite()
+    how = scale, softcap, below, above
     group, height = q.shape[1] // k.shape[1], _tile_height(q)
     for b, h in large.any(-1).nonzero().tolist():
         bias = None if mask is None else mask[min(b, len(mask) - 1), min(h, mask.shape[1] - 1)]
         for start in range(0, q.shape[2], height):
             rows = slice(start, start + height)
             if large[b, h, rows].any():
-                tile = _sums_of(q[b, h], k[b, h // group], bias, rows, diagonal, scale, lse[b, h])
+                tile = _sums_of(q[b, h], k[b, h // group], bias, rows, how, lse[b, h])
                 sums[b, h, rows] = torch.where(large[b, h, rows], tile, sums[b, h, rows])
     return sums
 
@@ -92,8 +100,10 @@ def _(
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
-    diagonal: int | None,
     scale: float,
+    softcap: float | None,
+    below: int | None,
+    above: int | None,
     lse: Tensor,
     widened: bool,
 ) -> Tensor:
@@ -116,24 +126,28 @@ def _sums_of(
     k: Tensor,
     bias: Tensor | None,
     rows: slice,
-    diagonal: int | None,
-    scale: float,
+    how: tuple[float, float | None, int | None, int | None],
     lse: Tensor,
 ) -> Tensor:
     """Of some rows of one head, tile by tile along the keys."""
     query, lse = q[rows].to(lse.dtype), lse[rows]
+    scale, softcap, below, above = how
     if bias is not None and len(bias) > 1:
         bias = bias[rows]
     sums = torch.zeros_like(lse)
     for start in range(0, len(k), WIDTH):
         key = k[start : start + WIDTH].to(lse.dtype)
         scores = (query @ key.mT).mul_(scale)
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
         if bias is not None:
             scores += bias if bias.shape[1] == 1 else bias[:, start : start + WIDTH]
         p = scores.sub_(lse[:, None]).exp_()
-        if diagonal is not None:
-            i = torch.arange(rows.start, rows.start + len(p), device=q.device)
-            j = torch.arange(start, start + len(key), device=q.device)
-            p.masked_fill_(j > i[:, None] + diagonal, 0)
+        i = torch.arange(rows.start, rows.start + len(p), device=q.device)[:, None]
+        j = torch.arange(start, start + len(key), device=q.device)
+        if below is not None:
+            p.masked_fill_(j < i + below, 0)
+        if above is not None:
+            p.masked_fill_(j > i + above, 0)
         sums += p.sum(-1)
     return sums

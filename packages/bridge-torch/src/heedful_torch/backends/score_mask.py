@@ -5,8 +5,8 @@ Each part is done as early as it is known:
 - What position alone rules out is known from the problem, before any array: `span_of` cuts it off. A
   sliding window over a long cache costs the window, and a causal call never touches keys of the
   future.
-- There too it is known whether the rest is exactly a causal diagonal, or nothing: then no mask is
-  made.
+- There too it is known whether the rest is nothing, or what a kernel's own arguments say, a causal
+  diagonal or a window: then no mask is made.
 - Everything else becomes one additive mask: 0 or the bias where a key is seen, -inf where not. It
   has an axis only where a condition has one (padding alone is (B, 1, 1, Sk)), but causal, windows and
   full masks bring (Sq, Sk): that is memory, and the price of these kernels.
@@ -37,15 +37,17 @@ class Span(NamedTuple):
     Attributes:
         rows: the queries that may see a key.
         columns: the keys that may be seen.
-        hides: what position still hides between those: "nothing"; "diagonal", exactly the keys
-            j > i + diagonal; or "band", anything else.
-        diagonal: see above; i and j count from the first of `rows` and `columns`.
+        hides: what position still hides between those: "nothing"; a "band", the keys j < i + below and
+            j > i + above; or "by rows", what only an array of offsets or lengths says.
+        below, above: of a band, i and j counting from the first of `rows` and `columns`; None: nothing
+            is hidden on that side.
     """
 
     rows: range
     columns: range
-    hides: Literal["nothing", "diagonal", "band"]
-    diagonal: int = 0
+    hides: Literal["nothing", "band", "by rows"]
+    below: int | None = None
+    above: int | None = None
 
 
 def span_of(problem: Problem) -> Span:
@@ -54,7 +56,7 @@ def span_of(problem: Problem) -> Span:
     if not problem.positional:
         return Span(rows, columns, "nothing")
     if problem.q_offset is None:
-        return Span(rows, columns, "band")
+        return Span(rows, columns, "by rows")
     left, right = problem.band
     offset = problem.q_offset
     # Query i reaches from key i + offset - left to key i + offset + right.
@@ -68,11 +70,9 @@ def span_of(problem: Problem) -> Span:
     columns = columns[first:end]
 
     offset += rows.start - columns.start
-    if left is not None and len(rows) - 1 + offset - left > 0:
-        return Span(rows, columns, "band")
-    if right is not None and offset + right < len(columns) - 1:
-        return Span(rows, columns, "diagonal", offset + right)
-    return Span(rows, columns, "nothing")
+    below = None if left is None or len(rows) - 1 + offset - left <= 0 else offset - left
+    above = None if right is None or offset + right >= len(columns) - 1 else offset + right
+    return Span(rows, columns, "nothing" if below is above is None else "band", below, above)
 
 
 def additive_shape(problem: Problem, span: Span) -> tuple[int, ...]:

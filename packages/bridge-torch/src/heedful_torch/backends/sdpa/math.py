@@ -11,9 +11,7 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful_torch.backends.sdpa import (
-    LACKS,
-    TAKES,
+from heedful_torch.backends.kernel import (
     Arguments,
     Kernel,
     Results,
@@ -21,13 +19,14 @@ from heedful_torch.backends.sdpa import (
     limits,
     score_bytes,
 )
+from heedful_torch.backends.sdpa import LACKS, TAKES
 from heedful_torch.outside_autocast import outside_autocast
 
 
 def _forward(asked: Arguments) -> Results:
     # Made of ordinary operations: torch differentiates them in q, k, v and the mask.
     tensors = (x for x in asked[:4] if isinstance(x, Tensor))
-    (out,) = outside_autocast(_Math(asked.scale), *tensors)
+    (out,) = outside_autocast(_Math(asked.how.scale), *tensors)
     return Results(out, None)
 
 

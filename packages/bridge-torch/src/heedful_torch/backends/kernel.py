@@ -1,11 +1,11 @@
-"""What the backends of `F.scaled_dot_product_attention` share: the contract around one kernel.
+"""The contract around one kernel that somebody else wrote for torch: what SDPA's and flash-attn's share.
 
-SDPA chooses a kernel and does not say which. Here each backend calls the aten operator of exactly
-one kernel. What SDPA does around these operators, and what the contract asks beyond SDPA, is here:
+A kernel is a forward and a backward operator of tensors, and says what it takes (`Kernel`). What its own
+package does around it, and what the contract asks beyond that, is here:
 
 - Position, masks, lengths, bias and empty rows: `score_mask`.
-- Head sizes and layout. The operators believe what SDPA has checked before them: given a last axis
-  that is not contiguous, or fewer key heads than query heads, the CPU kernel reads foreign memory.
+- Head sizes and layout. The operators believe what their callers have checked: given a last axis that
+  is not contiguous, or fewer key heads than query heads, SDPA's CPU kernel reads foreign memory.
   Operands are padded with zero columns, which change no score, and laid out first.
 - Grouped heads. Query head h reads key head h // G. The g-th query heads of all groups are a
   strided view with as many heads as K and V, so a kernel that needs equal heads is called G times,
@@ -34,11 +34,32 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.rules.visibility import FEATURES, hiding
+from heedful.rules.visibility import hiding
 from heedful_torch.backends.row_sums import row_sums
-from heedful_torch.backends.score_mask import additive_shape, score_mask, span_of
+from heedful_torch.backends.score_mask import Span, additive_shape, score_mask, span_of
 from heedful_torch.function import FirstOrder, Function, no_forward_mode, outside_compilation
 from heedful_torch.outside_autocast import no_autocast
+
+
+class How(NamedTuple):
+    """What a kernel is told beside tensors.
+
+    Attributes:
+        scale: of the scores, positive.
+        softcap: c of c·tanh(s/c), or None.
+        below, above: keys j < i + below and j > i + above are hidden, None: none on that side; and no
+            more than `Kernel.says` lets through.
+    """
+
+    scale: float
+    softcap: float | None = None
+    below: int | None = None
+    above: int | None = None
+
+    @property
+    def causal(self) -> bool:
+        """The flag `is_causal` of a kernel that has no windows."""
+        return self.above is not None
 
 
 class Arguments(NamedTuple):
@@ -47,16 +68,14 @@ class Arguments(NamedTuple):
     Attributes:
         q, k, v: (B, H, S, ·), padded and laid out as the kernel reads them.
         mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk), or None.
-        causal: its flag `is_causal`.
-        scale: positive.
+        how: all else.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     mask: Tensor | None
-    causal: bool
-    scale: float
+    how: How
 
 
 class Results(NamedTuple):
@@ -76,13 +95,14 @@ Backward = Callable[
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of SDPA: its operators, and what they take.
+    """One kernel: its operators, and what they take.
 
     Attributes:
         forward: the operator.
         backward: its backward operator; None where torch's own derivative is right.
         flag: where the diagonal of `is_causal` lies: it starts in the upper left corner of the
             scores, or ends in the lower right one; None where the flag is not used.
+        windows: whether that diagonal may be moved up, and have another one below it.
         masks: the dtype of the additive mask, the accumulator's or q's own; None: it takes no mask.
         mask_gradient: whether `backward` gives the gradient of the mask.
         alignment: head sizes, strides and offsets are multiples of so many elements.
@@ -96,6 +116,7 @@ class Kernel:
     backward: Backward | None
     flag: Literal["upper left", "lower right"] | None
     masks: Literal["accumulator", "q"] | None
+    windows: bool = False
     mask_gradient: bool = False
     alignment: int = 1
     equal_head_sizes: bool = False
@@ -110,17 +131,23 @@ class Kernel:
             return wide
         return -(-size // self.alignment) * self.alignment
 
-    def flagged(self, problem: Problem) -> bool:
-        """Whether `is_causal` says exactly what position hides."""
-        place = span_of(problem)
-        corner = {"upper left": 0, "lower right": len(place.columns) - len(place.rows), None: None}
-        return place.hides == "diagonal" and place.diagonal == corner[self.flag]
+    def corner(self, q_length: int, kv_length: int) -> int:
+        """By the flag alone query i sees the keys up to i + corner."""
+        return kv_length - q_length if self.flag == "lower right" else 0
+
+    def says(self, place: Span) -> bool:
+        """Whether its own arguments say exactly what position hides."""
+        if place.hides != "band" or self.flag is None:
+            return place.hides == "nothing"
+        corner = self.corner(len(place.rows), len(place.columns))
+        if not self.windows:
+            return place.below is None and place.above == corner
+        above = corner if place.above is None else place.above
+        below = corner if place.below is None else place.below
+        return below <= corner <= above
 
 
 # What keeps a kernel from a problem
-
-TAKES = FEATURES | {"bias", "grouped_heads", "return_lse", "scale", "value_dim"}
-LACKS = {"softcap": "no kernel of SDPA has a softcap; jax:flash has"}
 
 
 def limits(kernel: Kernel, problem: Problem) -> list[str]:
@@ -128,7 +155,7 @@ def limits(kernel: Kernel, problem: Problem) -> list[str]:
     reasons = []
     if kernel.masks is None:
         needs = list(hiding(problem))
-        if span_of(problem).hides != "nothing" and not kernel.flagged(problem):
+        if not kernel.says(span_of(problem)):
             offset = "of its own a row" if problem.q_offset is None else str(problem.q_offset)
             needs.append("window" if problem.window else f"causal with a q_offset {offset}")
         if needs:
@@ -161,7 +188,7 @@ def score_bytes(kernel: Kernel, problem: Problem) -> int:
             2 * itemsize * problem.batch * problem.q_heads * len(place.rows) * len(place.columns)
         )
     asked = hiding(problem) or problem.bias_shape is not None
-    if asked or not (place.hides == "nothing" or kernel.flagged(problem)):
+    if asked or not kernel.says(place):
         shape = additive_shape(problem, place)
         if 1 not in shape[2:]:
             dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
@@ -206,20 +233,19 @@ def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tenso
     k = operands.k[:, :, columns.start : columns.stop]
     v = operands.v[:, :, columns.start : columns.stop]
 
-    mask, causal = None, False
-    if hiding(problem) or problem.bias_shape is not None or place.hides != "nothing":
-        causal = not hiding(problem) and problem.bias_shape is None and kernel.flagged(problem)
-        if not causal:
-            dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
-            mask = score_mask(problem, operands, place, getattr(torch, dtype))
-            q = torch.where(mask.sees, q, 0)
-            k, v = torch.where(mask.seen, k, 0), torch.where(mask.seen, v, 0)
-
     factor, scale = _factors(problem)
+    mask, how = None, How(scale, problem.softcap)
+    if hiding(problem) or problem.bias_shape is not None or not kernel.says(place):
+        dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
+        mask = score_mask(problem, operands, place, getattr(torch, dtype))
+        q = torch.where(mask.sees, q, 0)
+        k, v = torch.where(mask.seen, k, 0), torch.where(mask.seen, v, 0)
+    else:
+        how = how._replace(below=place.below, above=place.above)
+
     if factor != 1:
         q = factor * q
-    additive = None if mask is None else mask.additive
-    arguments = Arguments(q, k, v, additive, causal, scale)
+    arguments = Arguments(q, k, v, None if mask is None else mask.additive, how)
     out, lse, _ = _over_groups(kernel, problem.group, arguments)
 
     if mask is not None:
@@ -305,7 +331,7 @@ class _Fused(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.kernel, *tensors, ctx.causal, ctx.scale = inputs
+        ctx.kernel, *tensors, ctx.how = inputs
         _, _, *kept = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept)
@@ -316,22 +342,22 @@ class _Fused(Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, dlse, *_ = cotangents
         q, k, v, mask, *results = ctx.saved_tensors
-        arguments = Arguments(q, k, v, mask, ctx.causal, ctx.scale)
+        arguments = Arguments(q, k, v, mask, ctx.how)
         mask_wanted = ctx.needs_input_grad[1 + Arguments._fields.index("mask")]
         gradients = _FusedPullBack.apply(ctx.kernel, mask_wanted, dout, dlse, *arguments, *results)
-        return None, *gradients, None, None
+        return None, *gradients, None
 
     jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        kernel, q, k, v, mask, *rest = args
-        _, *dims, of_mask, _, _ = in_dims
+        kernel, q, k, v, mask, how = args
+        _, *dims, of_mask, _ = in_dims
         size = info.batch_size
         if of_mask is not None or (mask is not None and len(mask) > 1):  # else all share it
             mask = _folded(size, of_mask, _over_batch(mask, of_mask, _rows(q, dims[0])))
         q, k, v = (_folded(size, dim, x) for x, dim in zip((q, k, v), dims, strict=True))
-        return _unfolded(size, _Fused.apply(kernel, q, k, v, mask, *rest))
+        return _unfolded(size, _Fused.apply(kernel, q, k, v, mask, how))
 
 
 class _FusedPullBack(FirstOrder):
@@ -349,17 +375,16 @@ class _FusedPullBack(FirstOrder):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        kernel, mask_wanted, dout, dlse, q, k, v, mask, *rest = args
-        _, _, *before, of_mask, _, _ = in_dims[:10]
-        causal, scale, *results = rest
+        kernel, mask_wanted, dout, dlse, q, k, v, mask, how, *results = args
+        _, _, *before, of_mask, _ = in_dims[:9]
         size, of_q = info.batch_size, in_dims[4]
         shared = mask is not None and _rows(mask, of_mask) == 1
         # Not shared as going forward: each member of the axis has a gradient of its own.
         if mask is not None and (mask_wanted or of_mask is not None or not shared):
             mask = _folded(size, of_mask, _over_batch(mask, of_mask, _rows(q, of_q)))
         first = (_folded(size, d, x) for x, d in zip((dout, dlse, q, k, v), before, strict=True))
-        last = (_folded(size, d, x) for x, d in zip(results, in_dims[10:], strict=True))
-        gradients = _FusedPullBack.apply(kernel, mask_wanted, *first, mask, causal, scale, *last)
+        last = (_folded(size, d, x) for x, d in zip(results, in_dims[9:], strict=True))
+        gradients = _FusedPullBack.apply(kernel, mask_wanted, *first, mask, how, *last)
         (*of_qkv, dmask), dims = _unfolded(size, gradients)
         if dmask is not None and shared:
             dmask = dmask.sum(1, keepdim=True)
@@ -385,7 +410,7 @@ def _fused_backward(
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and, where it is wanted, dmask; of what `_fused_forward` took and gave."""
-    (q, k, v, mask, causal, scale), (out, lse, kept) = asked, results
+    (q, k, v, mask, how), (out, lse, kept) = asked, results
     if not (q.numel() and k.numel()):
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         return dq, dk, dv, None if mask is None else torch.zeros_like(mask)
@@ -397,12 +422,9 @@ def _fused_backward(
             dout = torch.zeros_like(out)
         if mask_wanted and not kernel.mask_gradient:
             dmask, mask_wanted = _mask_gradient(dout, dlse, asked), False
-        diagonal = None
-        if causal:
-            diagonal = k.shape[2] - q.shape[2] if kernel.flag == "lower right" else 0
         if dlse is not None:
             q, k, v = _with_lse_columns(kernel, q, k, v)
-        sums = row_sums(q, k, mask, diagonal, scale, lse, widened=dlse is not None)
+        sums = row_sums(q, k, mask, *how, lse, widened=dlse is not None)
         dout = (dout / sums.unsqueeze(-1)).to(out.dtype)
         if dlse is not None:
             dout, out = _with_lse_cotangent(dlse / sums, dout, out, v.shape[-1])
@@ -503,7 +525,7 @@ def _mask_gradient(dout: Tensor, dlse: Tensor | None, asked: Arguments) -> Tenso
     dS = P ∘ (dP − rowsum(P ∘ dP) + dlse), dP = dO Vᵀ. The scores of some rows of one head are
     materialised at a time, in the mask's dtype.
     """
-    q, k, v, mask, _, scale = asked
+    q, k, v, mask, how = asked
     assert mask is not None  # it is wanted of
     gradient = torch.zeros_like(mask)
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
@@ -514,7 +536,7 @@ def _mask_gradient(dout: Tensor, dlse: Tensor | None, asked: Arguments) -> Tenso
             tile = slice(start, start + rows)
             of_mask = (*at, tile if mask.shape[2] > 1 else slice(None))
             query, do = q[b, h, tile].to(mask.dtype), dout[b, h, tile].to(mask.dtype)
-            p = torch.softmax(scale * (query @ key.mT) + mask[of_mask], -1)
+            p = torch.softmax(how.scale * (query @ key.mT) + mask[of_mask], -1)
             dp = do @ value.mT
             dp -= (p * dp).sum(-1, keepdim=True)
             if dlse is not None:

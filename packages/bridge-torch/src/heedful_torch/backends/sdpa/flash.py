@@ -10,9 +10,7 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful_torch.backends.sdpa import (
-    LACKS,
-    TAKES,
+from heedful_torch.backends.kernel import (
     Arguments,
     Kernel,
     Results,
@@ -21,15 +19,16 @@ from heedful_torch.backends.sdpa import (
     limits,
     score_bytes,
 )
+from heedful_torch.backends.sdpa import LACKS, TAKES
 
 aten = torch.ops.aten
 
 
 def _cpu_forward(asked: Arguments) -> Results:
-    q, k, v, mask, causal, scale = asked
+    q, k, v, mask, how = asked
     return Results(
         *aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+            q, k, v, 0.0, how.causal, attn_mask=mask, scale=how.scale
         )
     )
 
@@ -37,17 +36,17 @@ def _cpu_forward(asked: Arguments) -> Results:
 def _cpu_backward(
     dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    q, k, v, mask, causal, scale = asked
+    q, k, v, mask, how = asked
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, results.out, results.lse, 0.0, causal, attn_mask=mask, scale=scale
+        dout, q, k, v, results.out, results.lse, 0.0, how.causal, attn_mask=mask, scale=how.scale
     )
     return dq, dk, dv, None
 
 
 def _cuda_forward(asked: Arguments) -> Results:
-    q, k, v, _, causal, scale = asked
+    q, k, v, _, how = asked
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
-        q, k, v, 0.0, causal, False, scale=scale
+        q, k, v, 0.0, how.causal, False, scale=how.scale
     )
     return Results(out, lse, (seed, offset))
 
@@ -55,10 +54,10 @@ def _cuda_forward(asked: Arguments) -> Results:
 def _cuda_backward(
     dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    (q, k, v, _, causal, scale), (out, lse, (seed, offset)) = asked, results
+    (q, k, v, _, how), (out, lse, (seed, offset)) = asked, results
     lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse, *lengths, 0.0, causal, seed, offset, scale=scale
+        dout, q, k, v, out, lse, *lengths, 0.0, how.causal, seed, offset, scale=how.scale
     )
     return dq, dk, dv, None
 

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful_torch.backends.score_mask import span_of
-from heedful_torch.backends.sdpa import (
-    LACKS,
-    TAKES,
+from heedful_torch.backends.kernel import (
     Arguments,
     Kernel,
     Results,
@@ -21,14 +18,16 @@ from heedful_torch.backends.sdpa import (
     limits,
     score_bytes,
 )
+from heedful_torch.backends.score_mask import span_of
+from heedful_torch.backends.sdpa import LACKS, TAKES
 
 aten = torch.ops.aten
 
 
 def _forward(asked: Arguments) -> Results:
-    q, k, v, _, causal, scale = asked
+    q, k, v, _, how = asked
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal, False, scale=scale
+        q, k, v, None, True, 0.0, how.causal, False, scale=how.scale
     )
     # cuDNN's lse is (B, H, Sq, 1).
     return Results(out, lse.reshape(q.shape[:3]).clone(), (lse, seed, offset))
@@ -37,10 +36,10 @@ def _forward(asked: Arguments) -> Results:
 def _backward(
     dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    (q, k, v, _, causal, scale), (out, _, (its_lse, seed, offset)) = asked, results
+    (q, k, v, _, how), (out, _, (its_lse, seed, offset)) = asked, results
     lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, its_lse, seed, offset, None, *lengths, 0.0, causal, scale=scale
+        dout, q, k, v, out, its_lse, seed, offset, None, *lengths, 0.0, how.causal, scale=how.scale
     )
     return dq, dk, dv, None
 
@@ -68,7 +67,7 @@ class SdpaCudnn:
         if problem.kv_length == 1:
             reasons.append("cuDNN's attention takes no single key")
         place = span_of(problem)
-        if place.hides == "diagonal" and len(place.rows) != len(place.columns):
+        if place.above is not None and len(place.rows) != len(place.columns):
             reasons.append("this kernel is trusted with causal on equal lengths only")
         version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]  # torch's own
         if version < 90000:

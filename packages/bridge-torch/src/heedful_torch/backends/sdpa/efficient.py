@@ -10,10 +10,7 @@ from torch import Tensor
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.visibility import hiding
-from heedful_torch.backends.score_mask import span_of
-from heedful_torch.backends.sdpa import (
-    LACKS,
-    TAKES,
+from heedful_torch.backends.kernel import (
     Arguments,
     Kernel,
     Results,
@@ -22,6 +19,8 @@ from heedful_torch.backends.sdpa import (
     limits,
     score_bytes,
 )
+from heedful_torch.backends.score_mask import span_of
+from heedful_torch.backends.sdpa import LACKS, TAKES
 
 aten = torch.ops.aten
 
@@ -61,13 +60,13 @@ def _aligned_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
 
 
 def _forward(asked: Arguments) -> Results:
-    q, k, v, mask, causal, scale = asked
+    q, k, v, mask, how = asked
     aligned, top = None, None
     if mask is not None:
         within, top = _within_range(mask)
         aligned = _aligned_mask(within, (*q.shape[:3], k.shape[2]))
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-        q, k, v, aligned, True, 0.0, causal, scale=scale
+        q, k, v, aligned, True, 0.0, how.causal, scale=how.scale
     )
     # This LSE has room for a multiple of 32 queries, and the backward kernel wants it like that.
     own = lse[:, :, : q.shape[2]].clone()
@@ -79,13 +78,13 @@ def _forward(asked: Arguments) -> Results:
 def _backward(
     dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    (q, k, v, mask, causal, scale), (out, _, (its_lse, seed, offset)) = asked, results
+    (q, k, v, mask, how), (out, _, (its_lse, seed, offset)) = asked, results
     aligned = None
     if mask is not None:
         aligned = _aligned_mask(_within_range(mask)[0], (*q.shape[:3], k.shape[2]))
     wanted = [True, True, True, mask_wanted]
     dq, dk, dv, dmask = aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, aligned, out, its_lse, seed, offset, 0.0, wanted, causal, scale=scale
+        dout, q, k, v, aligned, out, its_lse, seed, offset, 0.0, wanted, how.causal, scale=how.scale
     )
     if mask is None or not mask_wanted:
         return dq, dk, dv, None
