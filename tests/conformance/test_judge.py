@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 import heedful
 from heedful import oracle
+from heedful.backends.numpy_oracle import backend as numpy_oracle
 from heedful.oracle import FEATURES
 from heedful_crosscheck import InputError, cli, crosscheck, load
+from heedful_crosscheck import run as crosscheck_run
 from heedful_crosscheck.cases import Case, everything, named, normal, select
 from heedful_crosscheck.question import Question
 from heedful_torch.dlpack import x64_is_enabled
@@ -162,6 +164,30 @@ def test_whatever_a_backend_does_is_its_own_failure(what, where, registered):
     name = registered(Misbehaves(what, where))
     report = crosscheck([name, "numpy:oracle"], ["causal"], ["float32"])
     assert report.verdicts == {name: "disagree", "numpy:oracle": "agree"}
+
+
+class Half:
+    """The oracle, whose dq is half too large where nothing flows back through LSE."""
+
+    name = "numpy:half"
+    takes, reasons, run = numpy_oracle.takes, numpy_oracle.reasons, numpy_oracle.run
+
+    def gradients(self, problem, operands, dout, dlse):
+        found = numpy_oracle.gradients(problem, operands, dout, dlse)
+        return found if dlse.any() else found._replace(q=found.q * 1.5)
+
+
+def test_what_is_wrong_of_out_alone_is_not_blamed_on_what_nobody_sees(registered):
+    report = crosscheck([registered(Half())], ["causal-tall"], ["float32"])
+    (failure, *_) = report.failures
+    assert failure.tensor == "dq" and failure.message.endswith("; without a cotangent of LSE")
+    assert "nobody sees" not in failure.message
+
+
+def test_an_interrupt_is_no_failure_of_a_backend(registered):
+    question = Question.of(select(["causal"], named())[0], 0, "float32")
+    with pytest.raises(KeyboardInterrupt):
+        crosscheck_run.outcome(registered(Misbehaves("interrupts", "run")), question)
 
 
 ENDING = """

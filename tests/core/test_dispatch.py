@@ -87,6 +87,15 @@ def test_a_named_backend_runs():
     assert who(backend="jax:two") == 2
 
 
+def test_a_backend_that_cannot_be_a_key_is_refused_when_it_is_registered():
+    class Plain(Fake):
+        __hash__ = None  # as a dataclass has it unless it is told otherwise
+
+    with pytest.raises(TypeError, match="unhashable"):
+        heedful.register(Plain("jax:plainest", 1))
+    assert "jax:plainest" not in heedful.backends()
+
+
 @pytest.mark.usefixtures("fakes")
 def test_a_named_backend_that_cannot_is_never_replaced():
     with pytest.raises(Refusal) as refusal:

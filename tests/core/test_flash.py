@@ -14,6 +14,7 @@ from definition import visible_by_definition
 from hypothesis import given
 from hypothesis import strategies as st
 
+import heedful
 from heedful.call import Call
 from heedful.flash import flash
 from heedful.flash.autodiff import RESIDUALS
@@ -545,3 +546,18 @@ def test_a_tile_knows_its_batch_rows_heads_queries_and_keys(monkeypatch, tiles):
     assert_close(ours(operands), whole(operands))
     members = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x], axis=1), operands)
     assert_close(jax.vmap(ours, in_axes=1)(members), jax.vmap(whole, in_axes=1)(members))
+
+
+def test_a_call_on_arrays_that_a_trace_closes_over_leaves_nothing_behind():
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 6, 4)))  # a shape of its own
+
+    def closed_over(s):
+        return s * heedful.attention(q, q, q, backend="jax:flash")
+
+    inside = jax.jit(closed_over)(1.0)
+    jax.eval_shape(closed_over, 1.0)
+    looped = jax.lax.fori_loop(0, 2, lambda _, s: s + closed_over(1.0).sum(), 0.0)
+    outside = closed_over(1.0)
+    np.testing.assert_allclose(outside, inside, rtol=1e-6)
+    np.testing.assert_allclose(looped, 2 * outside.sum(), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(closed_over)(2.0), 2 * outside, rtol=1e-6)

@@ -596,6 +596,10 @@ def test_a_problem_knows_neither_rank_nor_layout():
         ({"causal": "top_left"}, {"causal", "q_offset"}),  # of five queries on seven keys
         ({"causal": True, "q_offset": np.array([1, 2])}, {"causal", "q_offset"}),
         ({"causal": True, "kv_lengths": np.array([7, 3])}, {"causal", "kv_lengths"}),
+        (
+            {"causal": "top_left", "kv_lengths": np.array([7, 3])},
+            {"causal", "kv_lengths", "q_offset"},
+        ),
         ({"window": (None, None), "scale": 8**-0.5, "bias": None}, set()),
         ({"window": (1, None), "scale": 1, "bias": zeros(7)}, {"window", "scale", "bias"}),
     ],
@@ -604,6 +608,9 @@ def test_features_are_what_is_asked_beyond_plain_attention(options, features):
     of_shapes = {"grouped_heads", "value_dim"}
     assert Call.of(Q, K, V, **options).problem.features == features | of_shapes
     assert Call.of(K, K, K).problem.features == set()
+    # As many queries as keys, but not of what is real: not the default alignment.
+    padded = Call.of(K, K, K, causal="top_left", kv_lengths=np.array([7, 3])).problem
+    assert padded.features == {"causal", "kv_lengths", "q_offset"}
 
 
 def test_a_problem_says_what_is_asked():

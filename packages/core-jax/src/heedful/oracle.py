@@ -77,7 +77,7 @@ def gradients(
         lse_cotangent: (B, Hq, Sq), floating.
 
     Returns:
-        those of q, k, v, and of bias where there is one, float64, each of its operand's shape.
+        those of all operands that have one, float64, each of its operand's shape.
     """
     dout, dlse = (np.asarray(x).astype(np.float64) for x in (out_cotangent, lse_cotangent))
     found = Operands(**{name: np.zeros(x.shape) for name, x in operands.differentiable.items()})

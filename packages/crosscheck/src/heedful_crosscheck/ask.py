@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from heedful import dispatch
+import heedful
+from heedful import Problem, dispatch
 from heedful.call import Call
 from heedful.call.options import DIFFERENTIABLE
 from heedful_crosscheck.callers import Attend, Named, caller_of
@@ -38,12 +39,18 @@ def framework(backend: str) -> str:
     return backend.partition(":")[0]
 
 
+def kernel_of(backend: str, question: Question) -> str:
+    """What computes the answer, in the backend's words; "" where it says no more than its name."""
+    if not hasattr(instance := heedful.backends()[backend], "kernel"):
+        return ""
+    return str(instance.kernel(Asked(backend, question, question.inputs, False).problem))
+
+
 def ask(
     backend: str,
     question: Question,
     inputs: Inputs,
     with_lse: bool,
-    lse_cotangent: np.ndarray | None = None,
 ) -> Tensors:
     """out, lse where it is asked for, and the gradients, dq and so on, where the caller differentiates.
 
@@ -52,7 +59,6 @@ def ask(
         question: what is asked.
         inputs: the question's inputs, or its poisoned ones.
         with_lse: whether LSE is asked for and differentiated.
-        lse_cotangent: (B, Hq, Sq), in place of the question's own.
 
     Returns:
         NumPy arrays in the rank and layout of the call.
@@ -62,7 +68,7 @@ def ask(
     """
     asked = Asked(backend, question, inputs, with_lse)
     _check_accepted(asked)
-    cotangents = asked.cotangents(lse_cotangent)
+    cotangents = asked.cotangents()
     results, found = asked.caller.pull_back(
         asked.attend, asked.primals, asked.constants, cotangents
     )
@@ -70,7 +76,7 @@ def ask(
     if found is not None:
         answer |= {f"d{n}": asked.caller.to_numpy(x) for n, x in found.items()}
     elif framework(backend) == "numpy" and hasattr(asked.attend.instance.backend, "gradients"):
-        answer |= _own_gradients(asked, lse_cotangent)
+        answer |= _own_gradients(asked)
     asked.check_unwritten()
     return answer
 
@@ -128,14 +134,19 @@ class Asked:
         self.options = options | {"return_lse": with_lse}
         self.attend = Attend.by(backend, self.options)
 
+    @property
+    def problem(self) -> Problem:
+        """What is asked."""
+        return Call.of(**self.primals, **self.constants, **self.options).problem
+
     def array(self, x: np.ndarray) -> Any:
         return self.caller.array(x, LAYOUTS[self.question.case.memory])
 
-    def cotangents(self, of_lse: np.ndarray | None = None) -> list[Any]:
+    def cotangents(self) -> list[Any]:
         """Of out, and of lse where it is asked for, in its rank and layout."""
         question = self.question
-        of_lse = question.lse_cotangent if of_lse is None else of_lse
-        both = question.as_called(question.out_cotangent), question.rows_as_called(of_lse)
+        of_lse = question.rows_as_called(question.lse_cotangent)
+        both = question.as_called(question.out_cotangent), of_lse
         return [self.caller.array(x, LAYOUTS["packed"]) for x in both[: 1 + self.with_lse]]
 
     def check_unwritten(self) -> None:
@@ -148,7 +159,7 @@ class Asked:
 
 def _check_accepted(asked: Asked) -> None:
     """Raises `Refused` where the backend gives reasons, and what it raises instead of giving them."""
-    problem = Call.of(**asked.primals, **asked.constants, **asked.options).problem
+    problem = asked.problem
     instance = asked.attend.instance.backend
     canonical = problem.compiled if framework(asked.attend.backend) == "jax" else problem
     # Asked here, where what goes wrong in it is the backend's fault.
@@ -157,15 +168,20 @@ def _check_accepted(asked: Asked) -> None:
         raise TypeError(f"reasons must be a list of strings, and are of {type(own).__name__}")
     if reasons := dispatch.reasons(instance, problem):
         raise Refused(reasons)
+    largest = getattr(instance, "largest", None)
+    if largest is not None and problem.score_count > largest:
+        raise Refused(
+            (f"left out: this kernel is too slow for more than {largest} scores in a crosscheck",)
+        )
 
 
-def _own_gradients(asked: Asked, lse_cotangent: np.ndarray | None) -> Tensors:
+def _own_gradients(asked: Asked) -> Tensors:
     """NumPy differentiates nothing: a NumPy backend's own `gradients` stand for it."""
     question = asked.question
     call = Call.of(**asked.primals, **asked.constants, **asked.options)
-    of_lse = question.lse_cotangent if lse_cotangent is None else lse_cotangent
+    of_lse = question.lse_cotangent * asked.with_lse
     found = asked.attend.instance.backend.gradients(
-        call.problem, call.operands, question.out_cotangent, of_lse * asked.with_lse
+        call.problem, call.operands, question.out_cotangent, of_lse
     )
     gradients = {n: getattr(found, n) for n in asked.primals}
     return {f"d{n}": question.gradient_as_called(n, x) for n, x in gradients.items()}

@@ -195,7 +195,9 @@ class JaxCaller:
             wide = jnp.float64 if primals["q"].dtype == jnp.float64 else jnp.float32
             return sum((gradients[n].astype(wide) * along[n].astype(wide)).sum() for n in along)
 
-        return jax.jit(jax.grad(projected))(primals, constants, list(cotangents))
+        options = dict(self.compiler_options) or None
+        run = jax.jit(jax.grad(projected), compiler_options=options)
+        return run(primals, constants, list(cotangents))
 
 
 @lru_cache(maxsize=24)  # for cases that share a shape, and other seeds; each holds megabytes

@@ -78,7 +78,7 @@ class Case:
         return_lse: whether LSE is asked for, of backends that have one.
         second: whether second derivatives are judged, of backends that have them.
         caller: the framework of the arrays; None for the backend's own, so that no bridge is crossed.
-        memory: how q, k, v, mask and bias lie in memory, a name of `layouts.LAYOUTS`; "expanded":
+        memory: how arrays of two axes and more lie in memory, a name of `layouts.LAYOUTS`; "expanded":
             mask and bias are full, by axes of stride 0.
         row: of the table of combinations, where the case is one.
     """

@@ -5,6 +5,7 @@ Between the caller's rank and layout and (B, H, S, D) it goes its own way, not b
 """
 
 import math
+import numbers
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -240,7 +241,8 @@ class Question:
         rows = {n: self._each_row(x) for n, x in arrays.items() if AXES.get(n) == "b"}
         others = {n: self.over_scores(n, x) for n, x in arrays.items() if n not in rows}
         offset = rows.pop("q_offset", None)
-        if offset is None and isinstance(number := self.inputs.options.get("q_offset"), int):
+        number = self.inputs.options.get("q_offset")
+        if offset is None and isinstance(number, numbers.Integral):
             offset = self._each_row(number)
         if offset is None and self.inputs.options.get("causal") == "top_left":
             offset = self._each_row(0)
@@ -276,7 +278,7 @@ class Question:
         """The leading axes of a mask or bias as it came, each full or 1."""
         return ((1,) * max(len(self._lead), 1) + x.shape[:-3])[-max(len(self._lead), 1) :]
 
-    def _each_row(self, x: np.ndarray | int) -> np.ndarray:
+    def _each_row(self, x: np.ndarray | numbers.Integral | int) -> np.ndarray:
         """Lengths or offsets → (B,), wide enough to be subtracted."""
         wide = np.asarray(x).astype(np.int64)
         flat = np.broadcast_to(wide, self._lead) if wide.ndim == len(self._lead) else wide

@@ -158,6 +158,15 @@ class Report:
         return {name: _row(name, "", "", found).verdict for name, found in self._by_backend.items()}
 
     @cached_property
+    def kernels(self) -> dict[str, list[str]]:
+        """What computed, in the words of those backends that say it."""
+        found: dict[str, list[str]] = {}
+        for o in self.outcomes:
+            if o.kernel and o.kernel not in found.setdefault(o.backend, []):
+                found[o.backend].append(o.kernel)
+        return found
+
+    @cached_property
     def rows(self) -> tuple[Row, ...]:
         """The table: backend × case group × dtype."""
         parts: dict[tuple[str, str, str], list[Outcome]] = {}
@@ -208,6 +217,7 @@ class Report:
             "strict": self.strict,
             "complete": self.complete,
             "backends": self.verdicts,
+            "kernels": self.kernels,
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
             "environment": environment(),
@@ -239,13 +249,18 @@ def _table(report: Report) -> Table:
         least = len("bfloat16") if heading == "dtype" else None
         table.add_column(heading, no_wrap=True, min_width=least)
     for backend, rows in groupby(report.rows, key=lambda row: row.backend):
-        table.add_row(Text(backend, style="bold"))
+        table.add_row(Text(_named(backend, report.kernels.get(backend, ())), style="bold"))
         for row in rows:
             if row.ran:
                 table.add_row(f"  {row.group}", row.dtype, _verdict(row), *_cells(row))
         if report.verdicts[backend] == "refused":
             table.add_row("  everything", "", Text("refused", style="yellow"))
     return table
+
+
+def _named(backend: str, kernels: Iterable[str]) -> str:
+    """A backend's name, and what computed for it where it says so."""
+    return f"{backend} ({'; '.join(kernels)})" if kernels else backend
 
 
 def _verdict(row: Row) -> Text:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from threading import Lock
+from threading import Lock, current_thread, main_thread
 from typing import Any
 
 import jax
@@ -20,7 +20,14 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # h
 import heedful
 from heedful.dispatch.registry import in_a_line
 from heedful.results import WrongResult
-from heedful_crosscheck.ask import Refused, ask, ask_second, float64_where_asked, framework
+from heedful_crosscheck.ask import (
+    Refused,
+    ask,
+    ask_second,
+    float64_where_asked,
+    framework,
+    kernel_of,
+)
 from heedful_crosscheck.callers import caller_of
 from heedful_crosscheck.cases import Case, InputError
 from heedful_crosscheck.question import Question
@@ -79,6 +86,7 @@ class Outcome:
         failures: what is wrong; empty where the backend agrees or is lossy.
         losses: what is lossy, as `tolerance` says; empty where the backend agrees.
         seconds: of the first answer, compilation included.
+        kernel: what computed it, in the backend's words, where there is more to say than its name.
     """
 
     backend: str
@@ -91,6 +99,7 @@ class Outcome:
     failures: tuple[Failure, ...] = ()
     losses: tuple[Failure, ...] = ()
     seconds: float = 0.0
+    kernel: str = ""
 
     @property
     def verdict(self) -> str:
@@ -218,12 +227,17 @@ def outcome(name: str, question: Question) -> Outcome:
             with_lse, lse_reasons, answer = _first_answer(name, question)
             seconds = time.perf_counter() - started
             lacking = {"LSE": lse_reasons} if lse_reasons else {}
-            result = replace(result, lacking=lacking, seconds=seconds)
+            kernel = kernel_of(name, question)
+            result = replace(result, lacking=lacking, seconds=seconds, kernel=kernel)
+            asked = question
             judgements, faults = judge_all(question, answer, with_lse)
             if with_lse and not faults:
-                judgements, faults = _of_out_alone(name, question, judgements)
+                asked = _of_out_alone(question)
+                judgements, faults = _judge_again(name, question, asked, judgements)
             if faults:
-                judgements, faults = _diagnose(name, question, with_lse, judgements, faults)
+                judgements, faults = _diagnose(name, asked, with_lse, judgements, faults)
+                if asked is not question:
+                    faults = [(t, f"{said}; without a cotangent of LSE") for t, said in faults]
             faults += _unrepeated(name, question, with_lse, answer)
             if case.second and not faults:
                 second, reasons = _second_derivatives(name, question, with_lse)
@@ -233,7 +247,12 @@ def outcome(name: str, question: Question) -> Outcome:
             result = replace(result, judgements=judgements, lacking=lacking)
     except Refused as refusal:
         return replace(result, reasons=refusal.reasons)
-    except BaseException as error:  # whatever a backend raises, in this thread nobody else does
+    except BaseException as error:  # whatever a backend raises
+        ends = not isinstance(error, Exception | SystemExit)
+        if (
+            ends and current_thread() is main_thread()
+        ):  # an interrupt, which other threads never see
+            raise
         tensor = error.tensor if isinstance(error, WrongResult) else None
         faults = [(tensor, f"raised {in_a_line(error)}")]
     losses = [(t, said) for t, found in result.judgements.items() for said in found.losses]
@@ -278,21 +297,25 @@ def judge_all(
     ]
 
 
-def _of_out_alone(
-    name: str, question: Question, judgements: dict[str, Judgement]
+def _of_out_alone(question: Question) -> Question:
+    """The same with a cotangent of 0 for LSE."""
+    return replace(question, lse_cotangent=np.zeros_like(question.lse_cotangent))
+
+
+def _judge_again(
+    name: str, question: Question, alone: Question, judgements: dict[str, Judgement]
 ) -> tuple[dict[str, Judgement], list[Fault]]:
     """Judges the gradients again, of out alone, and keeps what is worse.
 
     On peaked rows out's gradients nearly cancel, and LSE's are large: within their sum all digits of
     out's may be lost unseen. They are what most users ask for.
     """
-    alone = replace(question, lse_cotangent=np.zeros_like(question.lse_cotangent))
     answer = ask(name, alone, question.poisoned or question.inputs, with_lse=True)
     found, faults = judge_all(question, answer, with_lse=False)
     worse = {
         t: max(judgements[t], j, key=lambda judgement: judgement.strain) for t, j in found.items()
     }
-    return worse, [(tensor, f"{said}; without a cotangent of LSE") for tensor, said in faults]
+    return worse, faults
 
 
 def _diagnose(
@@ -313,8 +336,7 @@ def _diagnose(
         faults = unpoisoned
     wrong = {tensor for tensor, _ in faults}
     if with_lse and wrong and wrong.isdisjoint({"out", "lse", "dv"}):
-        zero = np.zeros_like(question.lse_cotangent)
-        answer = ask(name, question, question.inputs, True, lse_cotangent=zero)
+        answer = ask(name, _of_out_alone(question), question.inputs, with_lse=True)
         if not judge_all(question, answer, with_lse=False)[1]:
             part = (
                 "; right without a cotangent of LSE: what flows back through LSE is wrong or lost"

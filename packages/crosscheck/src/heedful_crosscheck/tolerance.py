@@ -70,8 +70,7 @@ a yardstick, a wide limit.
 - `Problem` is shared: scale's default, causal and window are read from the call once, for backends and
   oracle alike. A wrong reading would make all agree on another question, and show here in nothing. So
   it is judged where whole calls meet what reads them for itself: ONNX's cases, the definition pair by
-  pair, the tests' reference (tests/conformance/test_onnx.py, tests/core/test_oracle.py,
-  tests/contract.py).
+  pair, the tests' reference (tests/conformance/test_onnx.py, tests/core/test_oracle.py).
 """
 
 from collections.abc import Sequence
@@ -176,7 +175,7 @@ class Standard:
         """The standard of one tensor.
 
         Args:
-            tensor: "out", "lse", "dq", "dk", "dv" or "dbias".
+            tensor: "out", "lse", "dq", "dk", "dv", or an option's, "dbias".
             right: the oracle's, float64, rows along the last axis; LSE (B, H, S).
             plain: the yardstick's, or several readings of it, whose largest errors count.
             dtype: of q.

@@ -157,10 +157,10 @@ def _reads_lengths(name: str) -> Callable[[Any, Known], dict[str, Any]]:
         if not dtype_of(x).removeprefix("u").startswith("int"):
             raise TypeError(f"{name} must hold integers. Got {dtype_of(x)}. Cast it to int32.")
         lead = known.form.lead
-        if not broadcasts(tuple(x.shape), lead or (1,)):
+        if not broadcasts(shape_of(x), lead or (1,)):
             raise ValueError(
                 f"{name} must have one length for each batch row, shape {_rows(lead)}. "
-                f"Got {tuple(x.shape)}. Pass one number for each sequence of the batch."
+                f"Got {shape_of(x)}. Pass one number for each sequence of the batch."
             )
         return {name: True}
 
@@ -296,6 +296,14 @@ def _read_q_offset(q_offset: Any, known: Known) -> dict[str, Any]:
     return {"q_offset": fields["kv_length"] - fields["q_length"]}
 
 
+def _is_another_alignment(problem: "Problem") -> bool:
+    """Whether queries stand elsewhere than by default, which is what the lengths say."""
+    if not problem.positional or problem.q_offset is None:
+        return False
+    padded = problem.q_lengths or problem.kv_lengths
+    return padded or problem.q_offset != problem.kv_length - problem.q_length
+
+
 def _check_offset(q_offset: Any, lead: tuple[int, ...], positional: bool) -> None:
     if not positional:
         raise ValueError(
@@ -311,10 +319,10 @@ def _check_offset(q_offset: Any, lead: tuple[int, ...], positional: bool) -> Non
             f"q_offset must be an integer or a signed integer array. Got {kind}. "
             "Cast it to int32: it counts keys."
         )
-    if not broadcasts(tuple(q_offset.shape), lead or (1,)):
+    if not broadcasts(shape_of(q_offset), lead or (1,)):
         raise ValueError(
             f"q_offset must be one integer, or one for each batch row: {_rows(lead)}. "
-            f"Got {tuple(q_offset.shape)}. It is the place of the first query among the keys."
+            f"Got {shape_of(q_offset)}. It is the place of the first query among the keys."
         )
 
 
@@ -419,12 +427,12 @@ def _sinks_of_heads(sinks: Array, form: Form, problem: "Problem") -> Array:
 
 
 def _read_return_lse(return_lse: Any, known: Known) -> dict[str, Any]:
-    if not isinstance(return_lse, bool):
+    if not isinstance(return_lse, bool | np.bool_):
         raise TypeError(
             f"return_lse must be True or False. Got {shown(return_lse)}. "
             "It decides what is returned, so it cannot be an array."
         )
-    return {"return_lse": return_lse}
+    return {"return_lse": bool(return_lse)}
 
 
 OPTIONS = (  # in the order in which they are read
@@ -471,14 +479,7 @@ OPTIONS = (  # in the order in which they are read
         "q_offset",
         default=None,
         read=_read_q_offset,
-        # The default follows from the lengths; top-left is another alignment unless they are equal.
-        asked=lambda problem: (
-            problem.q_offset_given
-            or (
-                problem.positional
-                and problem.q_offset not in (None, problem.kv_length - problem.q_length)
-            )
-        ),
+        asked=lambda problem: problem.q_offset_given or _is_another_alignment(problem),
         operand=_offsets,
         number=True,
     ),

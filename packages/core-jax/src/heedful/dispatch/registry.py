@@ -58,6 +58,7 @@ def _check_backend(backend: Backend) -> None:
     rank = getattr(backend, "automatic", None)
     if rank is not None and (not isinstance(rank, int | float) or rank != rank):
         raise TypeError(f"automatic must be a rank, a number, or None. Got {rank!r}.")
+    hash(backend)  # what is compiled for it is kept by it; says "unhashable type" where it is not
     framework, colon, kernel = str(backend.name).partition(":")
     if framework not in SEARCH or not colon or not kernel:
         raise ValueError(
@@ -128,7 +129,6 @@ def backend_named(name: str) -> Backend:
             raise ValueError(
                 f"its entry point {name!r} holds a backend named {backend.name!r}. Give both one name."
             )
-        hash(backend)
     except LookupError as error:
         return Unusable(name, str(error))
     except Exception as error:  # attributes that raise, a name that is none

@@ -8,9 +8,9 @@ batch of matrices.
 
 import os
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,22 +120,20 @@ class Numbered(NamedTuple):
     heads: Array
 
 
+_numbers: dict[Any, tuple[Array, Array]] = {}  # once made, outside of a trace
+KEPT = 64
+
+
 def numbered(problem: Problem, operands: Operands) -> Numbered:
     """The operands of a whole call."""
-    if any(isinstance(x, jax.core.Tracer) for x in operands.given.values()):
-        return Numbered(operands, *_numbers(problem.batch, problem.q_heads))
-    mesh = jax.sharding.get_abstract_mesh()  # of which their types speak
-    return Numbered(operands, *_kept_numbers(mesh, problem.batch, problem.q_heads))
-
-
-def _numbers(batch: int, heads: int) -> tuple[Array, Array]:
-    return count_up(batch), count_up(heads)[None]
-
-
-@lru_cache(64)
-def _kept_numbers(_mesh: object, batch: int, heads: int) -> tuple[Array, Array]:
-    """Outside of a trace they would cost each call two operations of their own."""
-    return _numbers(batch, heads)
+    # Outside of a trace the numbers would cost every call operations of its own. What a trace makes is
+    # its own; and their types speak of the mesh.
+    key = jax.sharding.get_abstract_mesh(), problem.batch, problem.q_heads
+    if (found := _numbers.get(key)) is None:
+        found = count_up(problem.batch), count_up(problem.q_heads)[None]
+        if len(_numbers) < KEPT and not any(isinstance(x, jax.core.Tracer) for x in found):
+            _numbers[key] = found
+    return Numbered(operands, *found)
 
 
 class Tile(NamedTuple):

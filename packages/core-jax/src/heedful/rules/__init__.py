@@ -5,9 +5,9 @@
     softmax.py      what its denominator holds beyond the keys
     visibility.py   which keys a query sees
 
-Whoever computes by these rules takes every feature they are about, one that is added to them too.
-`jax:plain`, `jax:flash` and the judge's yardstick do; the oracle says all of it once more, and shares
-no line.
+Whoever computes by these rules takes every feature they are about, one that is added to them too:
+`jax:plain` and `jax:flash`. The judge's yardstick makes scores by them; the oracle says all of it once
+more, and shares no line.
 """
 
 from heedful.rules import scores, softmax, visibility

@@ -14,7 +14,7 @@ the crosscheck judges: out, lse and every gradient against the float64 oracle, w
 key that no query sees. Groups of cases listed in `accepts` may not be refused.
 
 The environment variable HEEDFUL_REQUIRE_BACKENDS, names separated by commas, says which backends a run
-is about: a torch backend not named is left out, one named that cannot run here fails. Without it, a
+is about: one not named is left out, one named that cannot run here fails. Without it, a
 backend that cannot run here is skipped, and the skip says why; one that `needs_gpu` runs by `-m gpu`.
 """
 
@@ -30,8 +30,8 @@ from hypothesis import strategies as st
 
 import heedful
 from heedful_crosscheck.ask import Asked, float64_where_asked, framework
-from heedful_crosscheck.callers import QUICKLY, Caller, JaxCaller, caller_of
-from heedful_crosscheck.cases import Case, of_row
+from heedful_crosscheck.callers import QUICKLY, Caller, Identity, JaxCaller, caller_of
+from heedful_crosscheck.cases import Case, InputError, of_row
 from heedful_crosscheck.combinations import description, is_possible
 from heedful_crosscheck.contract.cases import CASES, EVERYTHING, FORMS, case
 from heedful_crosscheck.factors import FACTORS, Row
@@ -78,24 +78,36 @@ class Contract:
     accepts: AbstractSet[str] = EVERYTHING
     cases: Sequence[Case] = CASES + FORMS
     strict = False
+    pytestmark: Any
+    __test__: bool
 
     def __init_subclass__(cls, examples: int = 10, needs_gpu: bool = False) -> None:
         """Says how many random combinations it is asked, and whether it runs by `-m gpu` alone."""
+        super().__init_subclass__()
         of_random_rows = given(row=rows())(_any_combination)
         cls.test_any_combination = settings(  # type: ignore[attr-defined]
             max_examples=examples, phases=[Phase.generate], deadline=None
         )(of_random_rows)
-        required = cls.backend in (REQUIRED or ())
-        cls.__test__ = required or REQUIRED is None or not cls.backend.startswith("torch:")  # type: ignore[attr-defined]
+        if not hasattr(cls, "backend"):  # what several have in common
+            return
+        is_required = cls.backend in (REQUIRED or ())
+        if REQUIRED is not None and not is_required:
+            cls.__test__ = False
         marks = [pytest.mark.filterwarnings(f"ignore:{COPIED}:UserWarning")]
-        if needs_gpu and not required:
+        if needs_gpu and not is_required:
             marks.append(pytest.mark.gpu)
-        cls.pytestmark = marks  # type: ignore[attr-defined]
+        own = cls.__dict__.get("pytestmark", [])
+        cls.pytestmark = [*marks, *(own if isinstance(own, list) else [own])]
 
     @pytest.fixture(autouse=True)
     def runs_here(self) -> None:
         """Skips the class where its backend cannot run, or fails where it is required."""
-        if why := _why_unable(self.backend, self._asking):
+        try:
+            identity = Identity(heedful.backends()[self.backend])
+            why = _why_unable(identity, self.backend, self._asking)
+        except LookupError as missing:
+            why = f"it is no backend here: {missing}"
+        if why:
             if self.backend in (REQUIRED or ()):
                 pytest.fail(f"{self.backend} is required and cannot run here: {why}")
             # It runs in a session of its own, which names it in REQUIRED.
@@ -119,6 +131,7 @@ class Contract:
 
     def _check(self, case: Case) -> None:
         question = Question.of(case, 0, case.dtype or "float32", self._asking)
+        question.check_range()
         found = outcome(self.backend, question)
         said = found.failures + (found.losses if self.strict else ())
         assert not said, "\n".join(map(str, said))
@@ -131,20 +144,31 @@ class Contract:
 
 
 def _any_combination(self: Contract, row: Row) -> None:
-    self._check(Case(name=f"random: {description(row)}", group="random", **of_row(row)))
+    try:
+        self._check(Case(name=f"random: {description(row)}", group="random", **of_row(row)))
+    except InputError:  # too small or too large for its dtype: there is nothing to judge
+        assume(False)
+
+
+# Calls as plain as can be: a backend that runs here takes one of them.
+PLAINEST = [
+    case("basic", f"plainest, {D}", dtype, Sq=8, Sk=8, D=D, Dv=D)
+    for dtype in ("float32", "bfloat16", "float16", "float64")
+    for D in (8, 64)
+]
 
 
 @cache
-def _why_unable(backend: str, caller: Caller) -> str | None:
-    """Why the backend refuses the plainest call in every dtype; None where it takes one."""
-    reasons: tuple[str, ...] = ()
-    for dtype in ("float32", "bfloat16", "float16"):
-        plainest = case("basic", "plainest", dtype, Sq=8, Sk=8)
-        question = Question.of(plainest, 0, dtype, caller)
-        asked = Asked(backend, question, question.inputs, with_lse=False)
-        reasons = _explained(asked)
-        if not reasons:
+def _why_unable(backend: Identity, name: str, caller: Caller) -> str | None:
+    """Why the backend refuses even the plainest calls; None where it takes one."""
+    reasons: dict[str, None] = {}
+    for plainest in PLAINEST:
+        question = Question.of(plainest, 0, plainest.dtype or "", caller)
+        with float64_where_asked(question.dtype):
+            said = _explained(Asked(name, question, question.inputs, with_lse=False))
+        if not said:
             return None
+        reasons |= dict.fromkeys(said)
     return "; ".join(reasons)
 
 
