@@ -24,7 +24,7 @@ package does around it, and what the contract asks beyond that, is here:
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -150,17 +150,23 @@ class Kernel:
 # What keeps a kernel from a problem
 
 
-def limits(kernel: Kernel, problem: Problem) -> list[str]:
-    """What keeps a kernel from a problem on any machine, beside features: masks, head sizes."""
+def limits(kernel: Kernel, problem: Problem, takes: Collection[str]) -> list[str]:
+    """What keeps a kernel from a problem on any machine, beside features: masks, head sizes.
+
+    Args:
+        kernel: of which several may belong to one backend.
+        problem: what is asked.
+        takes: the backend's features; all others it refuses without asking.
+    """
     reasons = []
     if kernel.masks is None:
-        needs = list(hiding(problem))
+        needs = [feature for feature in hiding(problem) if feature in takes]
         if not kernel.says(span_of(problem)):
             offset = "of its own a row" if problem.q_offset is None else str(problem.q_offset)
             needs.append("window" if problem.window else f"causal with a q_offset {offset}")
         if needs:
             reasons.append(f"this kernel takes no mask, which {' and '.join(needs)} would need")
-        if problem.bias_shape is not None:
+        if problem.bias_shape is not None and "bias" in takes:
             reasons.append("this kernel takes no bias")
     if kernel.masks == "q" and problem.bias_dtype not in (None, problem.dtype):
         reasons.append(

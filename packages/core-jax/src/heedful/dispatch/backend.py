@@ -17,12 +17,19 @@ class Backend(Protocol):
     what is finer. Where there is more to say than that a feature is not taken, `lacks`, an optional
     mapping, says it by the feature's name.
 
-    Three more attributes are optional: `automatic`, its rank in the automatic choice within its
-    framework, lower first (without it, it is taken by name alone); `deterministic`, True where it
-    claims that a repeated run is bitwise equal, which the crosscheck then holds it to; and the method
-    `score_bytes(problem)`: how many bytes of scores, masks and the like, anything that grows with
-    Sq · Sk, the forward pass builds beside its operands and results. Without it, or where it is 0, the
-    backend's memory is linear. The automatic choice weighs it.
+    Five more attributes are optional.
+
+    - `automatic`: its rank in the automatic choice within its framework, lower first. Without it, the
+      backend is taken by name alone.
+    - `deterministic`: True where it claims that a repeated run is bitwise equal, which the crosscheck
+      then holds it to.
+    - `score_bytes(problem)`: how many bytes of scores, masks and the like, anything that grows with
+      Sq · Sk, the forward pass builds beside its operands and results; the automatic choice weighs it.
+      Without it, or where it is 0, the backend's memory is linear.
+    - `kernel(problem)`: in words, what computes a problem that is accepted, for explanations and
+      reports: a package, its version, which of its kernels.
+    - `largest`: how many scores, B · Hq · Sq · Sk, a call may have for the crosscheck to ask for it,
+      where a kernel is too slow for more.
 
     Attributes:
         name: "framework:kernel", for example "jax:flash"; the framework is that of the arrays which

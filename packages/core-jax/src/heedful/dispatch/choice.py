@@ -28,11 +28,13 @@ class Verdict:
         reasons: all that keeps it from the problem; empty where it accepts.
         score_bytes: what it builds that grows with Sq · Sk; 0 where its memory is linear, `UNKNOWN`
             where a size is a symbol.
+        kernel: what computes it, in the backend's words, where there is more to say than its name.
     """
 
     name: str
     reasons: tuple[str, ...]
     score_bytes: int = 0
+    kernel: str = ""
 
     @property
     def accepted(self) -> bool:
@@ -41,7 +43,8 @@ class Verdict:
     def __str__(self) -> str:
         if not self.accepted:
             return "; ".join(self.reasons)
-        return f"accepts{f', and {self.builds}' if self.score_bytes else ''}"
+        kernel = f", by {self.kernel}" if self.kernel else ""
+        return f"accepts{kernel}{f', and {self.builds}' if self.score_bytes else ''}"
 
     @property
     def builds(self) -> str:
@@ -161,17 +164,25 @@ def _not_taken(backend: Backend, problem: Problem) -> list[str]:
 
 def verdict_of(backend: Backend, problem: Problem) -> Verdict:
     """All that a backend says to a problem."""
-    why = reasons(backend, problem)
-    if why or not hasattr(backend, "score_bytes"):
+    if why := reasons(backend, problem):
         return Verdict(backend.name, why)
+    part = "score_bytes"
+    try:
+        score_bytes = _score_bytes(backend, problem)
+        part = "kernel"
+        kernel = str(backend.kernel(problem)) if hasattr(backend, "kernel") else ""
+    except Exception as error:  # whatever a broken backend raises, the others must go on
+        return Verdict(backend.name, (f"its {part} fails: {error}",))
+    return Verdict(backend.name, (), score_bytes, kernel)
+
+
+def _score_bytes(backend: Backend, problem: Problem) -> int:
+    if not hasattr(backend, "score_bytes"):
+        return 0
     sizes = (problem.batch, problem.q_heads, problem.q_length, problem.kv_length)
     if not all(isinstance(size, int) for size in sizes):  # a dimension of jax.export
-        return Verdict(backend.name, (), UNKNOWN)
-    try:
-        score_bytes = operator.index(backend.score_bytes(problem))
-    except Exception as error:  # whatever a broken backend raises, the others must go on
-        return Verdict(backend.name, (f"its score_bytes fails: {error}",))
-    return Verdict(backend.name, (), score_bytes)
+        return UNKNOWN
+    return operator.index(backend.score_bytes(problem))
 
 
 def choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Backend:

@@ -63,7 +63,9 @@ class SdpaCudnn:
     deterministic = False
 
     def reasons(self, problem: Problem) -> list[str]:
-        reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(KERNEL, problem)
+        reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(
+            KERNEL, problem, self.takes
+        )
         if problem.kv_length == 1:
             reasons.append("cuDNN's attention takes no single key")
         place = span_of(problem)

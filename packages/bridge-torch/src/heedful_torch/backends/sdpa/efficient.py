@@ -112,7 +112,7 @@ class SdpaEfficient:
     def reasons(self, problem: Problem) -> list[str]:
         capability = (8, 0) if problem.dtype == "bfloat16" else (5, 0)
         dtypes = ("float32", "float16", "bfloat16")
-        reasons = cuda_limits(problem, dtypes, capability) + limits(KERNEL, problem)
+        reasons = cuda_limits(problem, dtypes, capability) + limits(KERNEL, problem, self.takes)
         hides = hiding(problem) or problem.bias_shape or span_of(problem).hides != "nothing"
         if hides and max(problem.q_length, problem.kv_length) > LONGEST_MASKED:
             reasons.append(

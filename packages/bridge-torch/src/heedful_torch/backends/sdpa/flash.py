@@ -97,8 +97,10 @@ class SdpaFlash:
 
     def reasons(self, problem: Problem) -> list[str]:
         if problem.platform in ("cpu", "meta"):
-            return limits(CPU, problem)
-        reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(CUDA, problem)
+            return limits(CPU, problem, self.takes)
+        reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(
+            CUDA, problem, self.takes
+        )
         if not torch.backends.cuda.is_flash_attention_available():
             reasons.append("this torch is built without flash attention for GPUs")
         return reasons

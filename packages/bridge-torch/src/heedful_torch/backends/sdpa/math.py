@@ -60,7 +60,7 @@ class SdpaMath:
     deterministic = True
 
     def reasons(self, problem: Problem) -> list[str]:
-        reasons = limits(KERNEL, problem)
+        reasons = limits(KERNEL, problem, self.takes)
         is_rounded = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
         rounded = is_rounded()  # type: ignore[no-untyped-call]  # torch's own
         if rounded and problem.dtype in ("float16", "bfloat16"):

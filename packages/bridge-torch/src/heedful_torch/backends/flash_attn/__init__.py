@@ -1,0 +1,1 @@
+"""The official flash-attn packages, a backend each."""

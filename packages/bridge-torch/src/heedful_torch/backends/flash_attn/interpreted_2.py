@@ -1,0 +1,109 @@
+"""flash-attn 2's Triton kernels on CPU tensors: run by `python -m`, this serves them.
+
+The package has, beside its CUDA kernels, the same in Triton, written for AMD's GPUs. Triton can
+interpret them with NumPy, but neither the package nor the interpreter is ready for that. What is
+patched here, from outside and in this process alone, and why:
+
+- The package registers its operators for "cuda" alone: `_for_every_device`.
+- In Triton's interpreter bfloat16 lies as its raw bits: `tl.dot` multiplies those, and a cast to it
+  cuts off instead of rounding. So its operands are widened to float32, and results rounded to the
+  nearest: `_mend_bfloat16`.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from heedful_torch.worker import serve
+
+VERSIONS = {"flash-attn": "2.8.3", "triton": "3.7."}  # those that the patches are for
+
+
+def load() -> Mapping[str, Callable[..., Any]]:
+    """The functions, once all is patched."""
+    # Both are read when the packages are imported.
+    os.environ |= {"TRITON_INTERPRET": "1", "FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE"}
+    _check_versions()
+    _mend_bfloat16()
+    with _for_every_device():
+        import flash_attn  # type: ignore[import-not-found]  # noqa: F401
+
+    from heedful_torch.backends.flash_attn import calls_2
+
+    return {"forward": calls_2.forward, "backward": calls_2.backward}
+
+
+def _check_versions() -> None:
+    from importlib.metadata import version
+
+    for package, tried in VERSIONS.items():
+        if not (found := version(package)).startswith(tried):
+            raise ImportError(
+                f"its interpreted kernels were tried with {package} {tried}, not {found}"
+            )
+
+
+@contextmanager
+def _for_every_device() -> Iterator[None]:
+    custom_op = torch.library.custom_op
+
+    def registered(name: str, function: Any = None, /, **options: Any) -> Any:
+        return custom_op(name, function, **options | {"device_types": None})
+
+    torch.library.custom_op = registered
+    try:
+        yield
+    finally:
+        torch.library.custom_op = custom_op
+
+
+def _mend_bfloat16() -> None:
+    import triton.language as tl  # type: ignore[import-not-found]
+    from triton.runtime.interpreter import (  # type: ignore[import-not-found]
+        InterpreterBuilder,
+        TensorHandle,
+    )
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def rounded(x: np.ndarray) -> Any:
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        to_even = 0x7FFF + ((bits >> 16) & 1)
+        bits = np.where(np.isnan(x), 0x7FC0, (bits + to_even) >> 16)
+        return TensorHandle(bits.astype(np.uint16), tl.bfloat16)
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    fp_to_fp, binary = InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.binary_op
+
+    def create_dot(self: Any, a: Any, b: Any, to: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), to, *rest)
+
+    def cast_impl(self: Any, x: Any, to: Any) -> Any:
+        if x.dtype.scalar == to.scalar:
+            return x
+        return rounded(widened(x).data) if to.scalar == tl.bfloat16 else cast(self, widened(x), to)
+
+    def create_fp_to_fp(self: Any, x: Any, to: Any, mode: Any) -> Any:
+        if tl.bfloat16 in (x.dtype.scalar, to.scalar):
+            return cast_impl(self, x, to)
+        return fp_to_fp(self, x, to, mode)
+
+    def binary_op(self: Any, a: Any, b: Any, operation: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return binary(self, a, b, operation)
+        found = operation(widened(a).data, widened(b).data)
+        return TensorHandle(found, tl.int1) if found.dtype == bool else rounded(found)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.binary_op = create_fp_to_fp, binary_op
+
+
+if __name__ == "__main__":
+    serve(load)

@@ -1,0 +1,140 @@
+"""`torch:flash-attn-2`: the published package flash-attn, its CUDA kernels, or its Triton ones on a CPU.
+
+On a CPU the Triton kernels run interpreted, in a process of their own, slowly: they are there to be
+compared with. The CUDA kernels have not been run here yet.
+"""
+
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from heedful.call.operands import Operands
+from heedful.call.problem import Problem
+from heedful.dispatch.registry import in_a_line
+from heedful_torch.backends.flash_attn import calls_2
+from heedful_torch.backends.kernel import (
+    Arguments,
+    Kernel,
+    Results,
+    attend,
+    cuda_limits,
+    limits,
+)
+from heedful_torch.function import has_no_data, refuse_recording
+from heedful_torch.worker import Worker, WorkerError
+
+PACKAGE = "flash-attn"
+_worker = Worker("heedful_torch.backends.flash_attn.interpreted_2")
+
+
+def _interpreted_forward(asked: Arguments) -> Results:
+    if has_no_data(asked.q):
+        lse = asked.q.new_empty(asked.q.shape[:3], dtype=torch.float32)
+        return Results(torch.empty_like(asked.q), lse)
+    refuse_recording(FlashAttn2.name)
+    found: Results = _worker.call("forward", asked)
+    return found
+
+
+def _interpreted_backward(
+    dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    if has_no_data(dout):
+        dq, dk, dv = map(torch.empty_like, asked[:3])
+        return dq, dk, dv, None
+    found: tuple[Tensor, Tensor, Tensor, None] = _worker.call(
+        "backward", dout, asked, results, mask_wanted
+    )
+    return found
+
+
+_alike = partial(
+    Kernel,
+    flag="lower right",
+    masks=None,
+    alignment=8,
+    equal_head_sizes=True,
+    grouped=True,
+    largest_head=256,
+)
+CUDA = _alike(forward=calls_2.forward, backward=calls_2.backward, windows=True)
+INTERPRETED = _alike(forward=_interpreted_forward, backward=_interpreted_backward)
+
+
+@cache
+def _why_not_imported() -> str | None:
+    """Why the package cannot be imported here, for its CUDA kernels."""
+    try:
+        import flash_attn  # type: ignore[import-not-found]  # noqa: F401
+    except BaseException as error:  # a package may even exit when it is imported
+        return f"flash_attn cannot be imported: {in_a_line(error)}"
+    return None
+
+
+@cache
+def _why_not_interpreted() -> str | None:
+    """Why its Triton kernels cannot be interpreted here; the process that does it starts."""
+    if find_spec("triton") is None:
+        return "on a CPU it needs triton, whose interpreter runs its Triton kernels"
+    try:
+        _worker.start()
+    except WorkerError as error:
+        return f"its Triton kernels cannot be interpreted: {error}"
+    return None
+
+
+class FlashAttn2:
+    """flash-attn 2. Memory grows with Sq + Sk."""
+
+    name = "torch:flash-attn-2"
+    automatic = None
+    largest = 2**18
+    takes = frozenset(
+        {
+            "causal",
+            "window",
+            "q_offset",
+            "scale",
+            "softcap",
+            "grouped_heads",
+            "value_dim",
+            "return_lse",
+        }
+    )
+
+    @property
+    def deterministic(self) -> bool:
+        # On a GPU the backward pass sums dq by atomic additions, in any order.
+        return not torch.cuda.is_available()
+
+    def reasons(self, problem: Problem) -> list[str]:
+        try:
+            version(PACKAGE)
+        except PackageNotFoundError:
+            return [f"{PACKAGE} is not installed"]
+        if problem.platform == "gpu":
+            reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(
+                CUDA, problem, self.takes
+            )
+            return reasons or list(filter(None, [_why_not_imported()]))
+        reasons = limits(INTERPRETED, problem, self.takes)
+        if problem.dtype == "float64":
+            reasons.append("these kernels take float32, float16 and bfloat16, not float64")
+        if problem.softcap is not None:
+            reasons.append("its Triton kernels, which run on a CPU, ignore a softcap")
+        if problem.platform == "meta" or reasons:
+            return reasons
+        return list(filter(None, [_why_not_interpreted()]))
+
+    def kernel(self, problem: Problem) -> str:
+        which = "CUDA kernels" if problem.platform == "gpu" else "Triton kernels, interpreted"
+        return f"{PACKAGE} {version(PACKAGE)}, {which}"
+
+    def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        return attend(CUDA if problem.platform == "gpu" else INTERPRETED, problem, operands)
+
+
+backend = FlashAttn2()
