@@ -1,6 +1,7 @@
 """heedful's sessions. Those with a star are the tests, and run unasked."""
 
 from functools import partial
+from pathlib import Path
 
 import nox
 
@@ -20,15 +21,35 @@ COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
 
+# Every backend, and what its session installs beside the shared environment, step by step.
+BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "numpy:oracle": (),
+    "jax:plain": (),
+    "jax:flash": (),
+    "jax:nn-xla": (),
+    "torch:sdpa-math": (),
+    "torch:sdpa-flash": (),
+    # It is built against the torch that is there; BUILD says without CUDA.
+    "torch:flash-attn-2": (
+        ("hatchling", "ninja", "psutil", "setuptools", "wheel"),
+        ("--no-build-isolation", "packages/bridge-torch[flash-attn]"),
+    ),
+}
+BUILD = {"FLASH_ATTENTION_FORCE_BUILD": "TRUE", "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
+NEED_A_GPU = ("jax:nn-cudnn", "torch:sdpa-efficient", "torch:sdpa-cudnn")
+
 PACKAGES = ("packages/core-jax", "packages/bridge-torch", "packages/crosscheck")
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")
 PYTEST = ("pytest", "-n", "auto")
 
 
-def install(session: nox.Session, *requirements: str) -> None:
+def install(session: nox.Session, *requirements: str, env: dict[str, str] | None = None) -> None:
     """Installs exactly what constraints/ pins, the packages' build backend included."""
     pins = f"constraints/py{'311' if session.python == '3.11' else '312'}.txt"
-    session.install("--constraint", pins, "--build-constraint", pins, *requirements)
+    constraints = ("--constraint", pins)
+    if "--no-build-isolation" not in requirements:
+        constraints += ("--build-constraint", pins)
+    session.install(*constraints, *requirements, env=env)
 
 
 def compiled(session: nox.Session) -> dict[str, str]:
@@ -36,12 +57,28 @@ def compiled(session: nox.Session) -> dict[str, str]:
     return {"JAX_COMPILATION_CACHE_DIR": str(session.cache_dir.parent / "compiled")} | COMPILED
 
 
+def shared_folder(session: nox.Session) -> Path:
+    """Where the shared environment lies."""
+    folder = session.cache_dir.parent / "environment"
+    if not (folder / "bin" / "pytest").exists():
+        session.error("the session `environment`, which this one needs, did not run: see above why")
+    return folder
+
+
 def run(session: nox.Session, program: str, *arguments: str) -> None:
     """Runs a program of the shared environment."""
-    path = session.cache_dir.parent / "environment" / "bin" / program
-    if not path.exists():
-        session.error("the session `environment`, which this one needs, did not run: see above why")
-    session.run(str(path), *arguments, external=True)
+    session.run(str(shared_folder(session) / "bin" / program), *arguments, external=True)
+
+
+def install_beside(session: nox.Session, *backends: str) -> None:
+    """Gives a session of its own environment all that is in the shared one, and some backends' packages."""
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = session.run("python", "-c", where, silent=True)
+    shared = next(shared_folder(session).glob("lib/python*/site-packages"))
+    Path(own.strip(), "shared.pth").write_text(f"{shared}\n")
+    for backend in backends:
+        for requirements in BACKENDS[backend]:
+            install(session, *requirements, env=BUILD)
 
 
 @nox.session(python=PYTHONS)
@@ -59,19 +96,35 @@ def environment(session: nox.Session) -> None:
 
 
 @shared_session()
-@nox.parametrize("backend", ["torch:sdpa-math", "torch:sdpa-flash"])
-def bridge(session: nox.Session, backend: str) -> None:
-    """Test heedful-torch; the backend must be able to run."""
-    session.env.update({"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session))
+def bridge(session: nox.Session) -> None:
+    """Test heedful-torch, and torch's own backends called from every framework."""
+    session.env.update(compiled(session))
     run(session, *PYTEST, "tests/bridge", *session.posargs)
 
 
-@shared_session(name="bridge-gpu", default=False)
-@nox.parametrize("backend", ["torch:sdpa-efficient", "torch:sdpa-cudnn"])
-def bridge_gpu(session: nox.Session, backend: str) -> None:
-    """Test heedful-torch; the backend, which needs a GPU, must be able to run."""
+@nox.session(python="3.11", requires=["environment"])
+@nox.parametrize("backend", [nox.param(name, id=name) for name in BACKENDS])
+def backend(session: nox.Session, backend: str) -> None:
+    """Hold one backend to the contract; it must be able to run."""
+    install_beside(session, backend)
     session.env.update({"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session))
-    run(session, *PYTEST, "tests/bridge", *session.posargs)
+    session.run("python", "-m", *PYTEST, *tests_of(backend), *session.posargs)
+
+
+@nox.session(name="backend-gpu", venv_backend="none", default=False)
+@nox.parametrize("backend", [nox.param(name, id=name) for name in NEED_A_GPU])
+def backend_gpu(session: nox.Session, backend: str) -> None:
+    """The same for one that needs a GPU, in the Python on PATH with its own CUDA builds."""
+    session.env["HEEDFUL_REQUIRE_BACKENDS"] = backend
+    session.run("python", "-m", "pytest", *tests_of(backend), *session.posargs, external=True)
+
+
+def tests_of(backend: str) -> list[str]:
+    """The contract's, and those of a package that only the backend's session has."""
+    if not backend.startswith("torch:"):
+        return ["tests/core/test_backends.py"]
+    own = ["tests/bridge/test_flash_attn.py"] if "flash-attn" in backend else []
+    return ["tests/bridge/test_backends.py", *own]
 
 
 @shared_session()
@@ -89,10 +142,11 @@ def lint(session: nox.Session) -> None:
     run(session, "mypy", *(f"{package}/src" for package in PACKAGES))
 
 
-@shared_session(default=False)
+@nox.session(python="3.11", requires=["environment"], default=False)
 def crosscheck(session: nox.Session) -> None:
     """Run the main job, with its options after `--`: which backends agree with the oracle?"""
-    run(session, "heedful", "crosscheck", *session.posargs)
+    install_beside(session, *BACKENDS)
+    session.run("python", "-m", "heedful_crosscheck", "crosscheck", *session.posargs)
 
 
 @shared_session(default=False)

@@ -28,6 +28,12 @@ class TestSdpaCudnn(Contract, examples=100, needs_gpu=True):
     accepts = frozenset({"lse"})
 
 
+class TestFlashAttn2(Contract, examples=15):
+    backend = "torch:flash-attn-2"
+    caller = TorchCaller(on_gpu=False)
+    accepts = frozenset({"lse", "basic", "scale", "value size", "causal"})
+
+
 class TestSdpaMathFromJax(Contract):
     backend = "torch:sdpa-math"
     caller = JaxCaller(QUICKLY)

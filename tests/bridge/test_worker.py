@@ -24,7 +24,7 @@ def crash():
 def load():
     LOADING
     return {
-        "twice": lambda x: 2 * x, "raises": lambda: 1 / 0, "crash": crash, "pid": os.getpid,
+        "twice": lambda x: 2 * x, "raises": lambda: 1 / 0, "crash": crash,
         "sleep": time.sleep, "exit": lambda: sys.exit("no more"), "print": lambda: print("noise"),
     }
 

@@ -144,7 +144,7 @@ def _detached(x: Any) -> Any:
 
 
 def serve(load: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
-    """Answers the `Worker` that started this process, until it is gone.
+    """Answers the `Worker` that started this process, until it is gone; "pid" beside the functions.
 
     Args:
         load: imports and patches what has to be, and gives the functions by name.
@@ -155,7 +155,7 @@ def serve(load: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
         connection.send_bytes(pickle.dumps((kind, answer), PROTOCOL))
 
     try:
-        functions = load()
+        functions = {"pid": os.getpid, **load()}
     except BaseException as error:  # a package may even exit when it is imported
         send("failed", in_a_line(error))
         return

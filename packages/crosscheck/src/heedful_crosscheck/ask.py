@@ -46,6 +46,14 @@ def kernel_of(backend: str, question: Question) -> str:
     return str(instance.kernel(Asked(backend, question, question.inputs, False).problem))
 
 
+def why_left_out(backend: str, problem: Problem) -> str | None:
+    """Why a backend is not asked, though it would answer, some day."""
+    largest = getattr(heedful.backends()[backend], "largest", None)
+    if largest is None or problem.score_count <= largest:
+        return None
+    return f"left out: this kernel is too slow for more than {largest} scores in a crosscheck"
+
+
 def ask(
     backend: str,
     question: Question,
@@ -168,11 +176,8 @@ def _check_accepted(asked: Asked) -> None:
         raise TypeError(f"reasons must be a list of strings, and are of {type(own).__name__}")
     if reasons := dispatch.reasons(instance, problem):
         raise Refused(reasons)
-    largest = getattr(instance, "largest", None)
-    if largest is not None and problem.score_count > largest:
-        raise Refused(
-            (f"left out: this kernel is too slow for more than {largest} scores in a crosscheck",)
-        )
+    if reason := why_left_out(asked.attend.backend, problem):
+        raise Refused((reason,))
 
 
 def _own_gradients(asked: Asked) -> Tensors:

@@ -91,7 +91,7 @@ class FlashAttn2:
 
     name = "torch:flash-attn-2"
     automatic = None
-    largest = 2**18
+    largest = 2**20
     takes = frozenset(
         {
             "causal",

@@ -1,0 +1,325 @@
+"""flash-attn as a backend: what its own functions give, what it refuses, and its process's end."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from functools import partial
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+import torch
+
+import heedful
+import reference
+from heedful.call import Call
+from heedful_crosscheck.contract import REQUIRED
+from heedful_torch.backends.flash_attn import two
+from heedful_torch.backends.kernel import attend, limits
+from heedful_torch.worker import Worker, WorkerError
+
+NAME = "torch:flash-attn-2"
+needs_flash_attn = pytest.mark.skipif(
+    NAME not in (REQUIRED or ()),
+    reason=f"it runs in the nox session of {NAME}, which has flash-attn",
+)
+
+
+def qkv(B=1, Hq=4, Hkv=2, Sq=33, Sk=40, D=16, dtype=torch.float32):
+    shapes = (B, Hq, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, D)
+    random = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(shape, generator=random).to(dtype).requires_grad_() for shape in shapes
+    )
+
+
+def reasons(*arrays, **options):
+    return next(v for v in heedful.explain(*arrays, **options).verdicts if v.name == NAME).reasons
+
+
+# Where it is not installed, or broken
+
+
+def in_a_process(code, *path):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Enough of Triton for the patches, where there is none.
+TRITON = """
+bfloat16 = None
+class InterpreterBuilder:
+    create_dot = cast_impl = create_fp_to_fp = binary_op = None
+TensorHandle = None
+"""
+
+ASKED = """
+    import torch, heedful
+    q = torch.ones(1, 1, 4, 8)
+    for verdict in heedful.explain(q, q, q).verdicts:
+        print(verdict.name, "|", verdict)
+    assert heedful.attention(q, q, q).shape == q.shape
+"""
+
+
+def installed(folder, package, distribution, version, text):
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").write_text(text)
+    metadata = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "raise ImportError('undefined symbol: _ZN3c104')",
+            "ImportError: undefined symbol: _ZN3c104",
+        ),
+        ("import sys; sys.exit('no GPU')", "SystemExit: no GPU"),
+        ("import os; os.abort()", "was ended by signal 6"),
+    ],
+)
+def test_a_broken_flash_attn_changes_nothing_but_one_reason(tmp_path, text, said):
+    installed(tmp_path, "flash_attn", "flash-attn", "2.8.3", text)
+    if not find_spec("triton"):
+        installed(tmp_path, "triton", "triton", "3.7.1", "")
+        (tmp_path / "triton" / "language.py").write_text(TRITON)
+        (tmp_path / "triton" / "runtime").mkdir()
+        (tmp_path / "triton" / "runtime" / "interpreter.py").write_text(TRITON)
+    lines = dict(line.split(" | ", 1) for line in in_a_process(ASKED, tmp_path).splitlines())
+    assert lines[NAME].startswith("its Triton kernels cannot be interpreted: ")
+    assert said in lines[NAME]
+    assert lines["torch:sdpa-flash"].startswith("accepts")
+
+
+# What is the same as the package's own
+
+
+PUBLIC = """
+import torch
+from heedful_torch.backends.flash_attn.interpreted_2 import load
+from heedful_torch.worker import serve
+
+def public(q, k, v, dout, causal):
+    from flash_attn import flash_attn_func
+
+    arrays = [x.requires_grad_() for x in (q, k, v)]
+    out, lse, _ = flash_attn_func(*arrays, causal=causal, return_attn_probs=True)
+    return [x.detach() for x in (out, *torch.autograd.grad(out, arrays, dout), lse)]
+
+if __name__ == "__main__":
+    serve(lambda: {**load(), "public": public})
+"""
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    """The package's own `flash_attn_func` and its autograd, (B, S, H, D)."""
+    folder = tmp_path_factory.mktemp("public")
+    (folder / "public_function.py").write_text(PUBLIC)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        worker = Worker("public_function")
+        yield partial(worker.call, "public")
+        worker.stop()
+
+
+@needs_flash_attn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_out_and_gradients_are_those_of_flash_attn_func(public, dtype, causal):
+    """Bit for bit, where the public function is right: without a cotangent of the LSE."""
+    q, k, v = qkv(dtype=dtype)
+    dout = torch.randn_like(q)
+    out, lse = heedful.attention(q, k, v, causal=causal, backend=NAME, return_lse=True)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+
+    theirs = public(*(x.transpose(1, 2) for x in (q, k, v, dout)), causal)
+    for ours, own in zip((out, *gradients), theirs[:4], strict=True):
+        assert torch.equal(ours, own.transpose(1, 2))
+    assert torch.equal(lse, theirs[4])
+
+
+@needs_flash_attn
+def test_it_says_what_computes():
+    q, k, v = qkv()
+    (verdict,) = (v for v in heedful.explain(q, k, v, backend=NAME).verdicts if v.name == NAME)
+    assert verdict.kernel.startswith("flash-attn 2.") and "Triton kernels, interpreted" in str(
+        verdict
+    )
+
+
+# What is refused
+
+
+@needs_flash_attn
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"softcap": 5.0}, "its Triton kernels, which run on a CPU, ignore a softcap"),
+        ({"window": (3, 0)}, "this kernel takes no mask, which window would need"),
+        ({"mask": torch.ones(33, 40, dtype=torch.bool)}, "does not take mask"),
+        ({"bias": torch.ones(33, 40)}, "does not take bias"),
+        ({"sinks": torch.ones(4)}, "does not take sinks"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_what_its_kernels_lack_is_refused_in_one_line(options, said):
+    q, k, v = qkv()
+    assert reasons(q, k, v, **options) == (said,)
+    with pytest.raises(heedful.Refusal, match=said):
+        heedful.attention(q, k, v, **options, backend=NAME)
+
+
+@needs_flash_attn
+def test_float64_and_wide_heads_are_refused():
+    assert reasons(*qkv(dtype=torch.float64)) == (
+        "these kernels take float32, float16 and bfloat16, not float64",
+    )
+    assert reasons(*qkv(D=264)) == ("this kernel takes head sizes up to 256, not 264",)
+    (said,) = reasons(*qkv(D=256), return_lse=True)
+    assert "the gradient of the LSE needs columns of its own" in said
+
+
+# Its CUDA kernels, played by a stand-in of the published signature: what they are told, no more
+
+
+class FlashAttnInterface(ModuleType):
+    """`flash_attn.flash_attn_interface` by its documentation, in float64."""
+
+    def _probabilities(self, q, k, scale, causal, left, right, softcap):
+        assert left >= -1 and right >= -1 and scale > 0
+        group = q.shape[2] // k.shape[2]
+        q, k = (x.transpose(1, 2).double() for x in (q, k))
+        scores = scale * q @ k.repeat_interleave(group, 1).mT
+        capped = softcap * torch.tanh(scores / softcap) if softcap else scores
+        p = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+        j = torch.arange(k.shape[2])
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        if causal or right >= 0:
+            seen &= j <= p + (0 if causal else right)
+        if left >= 0:
+            seen &= j >= p - left
+        assert seen.any(1).all()  # of an empty row its lse is +inf
+        return torch.where(seen, capped, -torch.inf), 1 - (
+            capped / softcap
+        ) ** 2 if softcap else 1.0
+
+    def _flash_attn_forward(
+        self, q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+        alibi_slopes, return_softmax,
+    ):  # fmt: skip
+        assert not dropout_p and alibi_slopes is None and not return_softmax
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+        told = softmax_scale, causal, window_size_left, window_size_right, softcap
+        scores, _ = self._probabilities(q, k, *told)
+        group = q.shape[2] // k.shape[2]
+        values = v.transpose(1, 2).double().repeat_interleave(group, 1)
+        out = (scores.softmax(-1) @ values).transpose(1, 2)
+        return out.to(q.dtype), scores.logsumexp(-1).float(), None, None
+
+    def _flash_attn_backward(
+        self, dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        told = softmax_scale, causal, window_size_left, window_size_right, softcap
+        scores, slope = self._probabilities(q, k, *told)
+        group = q.shape[2] // k.shape[2]
+        wide = [x.transpose(1, 2).double() for x in (dout, q, k, v, out)]
+        dout, q, k, v, out = (
+            x if x.shape[1] == wide[1].shape[1] else x.repeat_interleave(group, 1) for x in wide
+        )
+        p = torch.exp(scores - softmax_lse.double()[..., None])
+        ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * slope * softmax_scale
+
+        def grouped(x):
+            return x.unflatten(1, (-1, group)).sum(2)
+
+        dq.copy_((ds @ k).transpose(1, 2))
+        dk.copy_(grouped(ds.mT @ q).transpose(1, 2))
+        dv.copy_(grouped(p.mT @ dout).transpose(1, 2))
+
+
+@pytest.fixture
+def played(monkeypatch):
+    package = ModuleType("flash_attn")
+    package.flash_attn_interface = FlashAttnInterface("flash_attn.flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(
+        sys.modules, "flash_attn.flash_attn_interface", package.flash_attn_interface
+    )
+
+
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"causal": "top_left"},
+        {"causal": True, "q_offset": 3},
+        {"window": (5, 2)},
+        {"window": (None, 4)},
+        {"window": (6, None), "causal": True},
+        {"window": (9, 1), "q_offset": 0},
+        {"softcap": 2.0, "causal": True},
+        {"softcap": 3.0, "window": (4, 4)},
+        {"scale": -0.7},
+        {"scale": 0.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lengths", [(24, 24), (17, 30), (30, 17)], ids=str)
+def test_cuda_kernels_are_told_what_is_asked(options, lengths):
+    primals = qkv(Sq=lengths[0], Sk=lengths[1], D=12)
+    call = Call.of(*primals, **options, return_lse=True)
+    assert not limits(two.CUDA, call.problem, two.FlashAttn2.takes)
+    out, lse = attend(two.CUDA, call.problem, call.operands)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    arrays = [x.detach().numpy() for x in (*primals, dout, dlse)]
+    right = reference.attention(*arrays, **options)
+    loss = (out * dout).sum() + (torch.where(lse.isfinite(), lse, 0) * dlse).sum()
+    got = (out, lse, *torch.autograd.grad(loss, primals))
+    for ours, want in zip(got, right[:5], strict=True):
+        torch.testing.assert_close(
+            ours.detach().double(), torch.from_numpy(want), rtol=1e-5, atol=1e-5
+        )
+
+
+# Its process
+
+
+@needs_flash_attn
+def test_its_process_killed_during_a_call_is_one_line_and_the_next_call_is_right():
+    q, k, v = (x.detach() for x in qkv(B=2, Sq=512, Sk=512))  # for seconds
+    right = heedful.attention(q, k, v, backend=NAME)
+    pid = two._worker.call("pid")
+    threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+    with pytest.raises(WorkerError, match=r"was ended by signal 9 during forward$"):
+        heedful.attention(q, k, v, backend=NAME)
+    assert torch.equal(heedful.attention(q, k, v, backend=NAME), right)
+
+
+@needs_flash_attn
+def test_nothing_of_it_is_imported_where_the_user_is():
+    said = in_a_process(f"""
+        import sys, torch, heedful
+        q = torch.ones(1, 1, 4, 8)
+        heedful.attention(q, q, q, backend="{NAME}")
+        print([name for name in ("flash_attn", "triton") if name in sys.modules])
+    """)
+    assert said == "[]\n"
