@@ -71,11 +71,11 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
 
 
 def install_beside(session: nox.Session, *backends: str) -> None:
-    """Gives a session of its own environment all that is in the shared one, and some backends' packages."""
+    """Gives a session's own environment all that is in the shared one, and some backends' packages."""
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = session.run("python", "-c", where, silent=True)
     shared = next(shared_folder(session).glob("lib/python*/site-packages"))
-    Path(own.strip(), "shared.pth").write_text(f"{shared}\n")
+    Path(own.strip(), "shared.pth").write_text(f"{shared.absolute()}\n")
     for backend in backends:
         for requirements in BACKENDS[backend]:
             install(session, *requirements, env=BUILD)
