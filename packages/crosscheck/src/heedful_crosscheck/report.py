@@ -198,6 +198,8 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield _table(self)
+        for backend, kernels in self.kernels.items():
+            yield Text(f"{backend}: computed by {' and by '.join(kernels)}")
         if self.refusals:
             yield _refusal_table(self)
         yield from _failure_lines(self)
@@ -249,18 +251,13 @@ def _table(report: Report) -> Table:
         least = len("bfloat16") if heading == "dtype" else None
         table.add_column(heading, no_wrap=True, min_width=least)
     for backend, rows in groupby(report.rows, key=lambda row: row.backend):
-        table.add_row(Text(_named(backend, report.kernels.get(backend, ())), style="bold"))
+        table.add_row(Text(backend, style="bold"))
         for row in rows:
             if row.ran:
                 table.add_row(f"  {row.group}", row.dtype, _verdict(row), *_cells(row))
         if report.verdicts[backend] == "refused":
             table.add_row("  everything", "", Text("refused", style="yellow"))
     return table
-
-
-def _named(backend: str, kernels: Iterable[str]) -> str:
-    """A backend's name, and what computed for it where it says so."""
-    return f"{backend} ({'; '.join(kernels)})" if kernels else backend
 
 
 def _verdict(row: Row) -> Text:
