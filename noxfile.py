@@ -24,11 +24,13 @@ COMPILED = {
 # Every backend, and what its session installs beside the shared environment, step by step.
 BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "numpy:oracle": (),
+    "numpy:onnxruntime": (("packages/core-jax[onnxruntime]",),),
     "jax:plain": (),
     "jax:flash": (),
     "jax:nn-xla": (),
     "torch:sdpa-math": (),
     "torch:sdpa-flash": (),
+    "torch:flex": (),
     # It is built against the torch that is there; BUILD says without CUDA.
     "torch:flash-attn-2": (
         ("hatchling", "ninja", "psutil", "setuptools", "wheel"),

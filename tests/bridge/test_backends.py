@@ -28,6 +28,12 @@ class TestSdpaCudnn(Contract, examples=100, needs_gpu=True):
     accepts = frozenset({"lse"})
 
 
+class TestFlex(Contract, examples=30):
+    backend = "torch:flex"
+    caller = TorchCaller(on_gpu=False)
+    accepts = EVERYTHING - {"gradients", "sinks"}
+
+
 class TestFlashAttn2(Contract, examples=15):
     backend = "torch:flash-attn-2"
     caller = TorchCaller(on_gpu=False)

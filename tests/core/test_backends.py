@@ -13,6 +13,18 @@ class TestOracle(Contract, examples=100):
     strict = True
 
 
+class TestOnnxRuntime(Contract, examples=60):
+    backend = "numpy:onnxruntime"
+    accepts = EVERYTHING - {
+        "lse",
+        "gradients",
+        "sinks",
+        "float64",
+        "bfloat16",
+        "float32 bias",
+    }
+
+
 class TestPlain(Contract):
     backend = "jax:plain"
     cases = CASES  # each case is compiled

@@ -93,6 +93,34 @@ def no_forward_mode(ctx: Any, *tangents: Any) -> NoReturn:
     )
 
 
+def without_gradient(
+    why: str, results: tuple[Tensor, ...], primals: Iterable[Tensor]
+) -> tuple[Tensor, ...]:
+    """Results that depend on some tensors and cannot be differentiated: to try raises, and says why."""
+    found: tuple[Tensor, ...] = _WithoutGradient.apply(why, len(results), *results, *primals)
+    return found
+
+
+class _WithoutGradient(Function):
+    @staticmethod
+    def forward(why: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.why = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> NoReturn:
+        raise NotImplementedError(f"this backend computes no gradients here: {ctx.why}")
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], why: str, count: int, *tensors: Tensor) -> Any:
+        return _WithoutGradient.apply(why, count, *tensors), in_dims[2 : 2 + count]
+
+
 def has_no_data(x: Tensor) -> bool:
     """Whether a tensor has a shape and no data: on the device "meta", or torch's fake of another."""
     return x.is_meta or isinstance(x, FakeTensor)

@@ -46,6 +46,14 @@ def kernel_of(backend: str, question: Question) -> str:
     return str(instance.kernel(Asked(backend, question, question.inputs, False).problem))
 
 
+def why_no_gradients(backend: str, question: Question) -> str | None:
+    """Why a backend answers with out and LSE alone; None where it differentiates."""
+    if not hasattr(instance := heedful.backends()[backend], "forward_only"):
+        return None
+    problem = Asked(backend, question, question.inputs, False).problem
+    return dispatch.why_forward_only(instance, problem)
+
+
 def why_left_out(backend: str, problem: Problem) -> str | None:
     """Why a backend is not asked, though it would answer, some day."""
     largest = getattr(heedful.backends()[backend], "largest", None)
@@ -76,10 +84,13 @@ def ask(
     """
     asked = Asked(backend, question, inputs, with_lse)
     _check_accepted(asked)
-    cotangents = asked.cotangents()
-    results, found = asked.caller.pull_back(
-        asked.attend, asked.primals, asked.constants, cotangents
-    )
+    found: Named | None
+    if dispatch.why_forward_only(asked.attend.instance.backend, asked.problem):
+        results, found = asked.attend(asked.primals, asked.constants), None
+    else:
+        results, found = asked.caller.pull_back(
+            asked.attend, asked.primals, asked.constants, asked.cotangents()
+        )
     answer = dict(zip(("out", "lse"), map(asked.caller.to_numpy, results), strict=False))
     if found is not None:
         answer |= {f"d{n}": asked.caller.to_numpy(x) for n, x in found.items()}

@@ -71,7 +71,7 @@ class Reason:
     """One thing that keeps a backend from some of the runs.
 
     Attributes:
-        part: what it keeps the backend from, "LSE" or "second derivatives"; "" of the whole run.
+        part: what it keeps the backend from, of `Outcome.lacking`; "" of the whole run.
         outcomes: the runs.
     """
 
@@ -297,7 +297,7 @@ def _refusal_table(report: Report) -> Table:
     for reason in _alike(report.refusals):
         runs = report._by_backend[reason.backend]
         if part := reason.part:  # of interest only where it was asked for and the rest was computed
-            tensor = "lse" if part == "LSE" else "d2q"
+            tensor = {"LSE": "lse", "gradients": "dq", "second derivatives": "d2q"}[part]
             runs = [o for o in runs if part in o.lacking or tensor in o.judgements]
         table.add_row(
             "" if reason.backend == previous else reason.backend,

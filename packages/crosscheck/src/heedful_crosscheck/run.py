@@ -27,6 +27,7 @@ from heedful_crosscheck.ask import (
     float64_where_asked,
     framework,
     kernel_of,
+    why_no_gradients,
 )
 from heedful_crosscheck.callers import caller_of
 from heedful_crosscheck.cases import Case, InputError
@@ -80,8 +81,8 @@ class Outcome:
 
     Attributes:
         reasons: why it was not run; empty where it was.
-        lacking: what of "LSE" and "second derivatives" the backend has not, and why; the rest was judged
-            without.
+        lacking: what of "LSE", "gradients" and "second derivatives" it has not, and why; the rest was
+            judged without.
         judgements: by tensor.
         failures: what is wrong; empty where the backend agrees or is lossy.
         losses: what is lossy, as `tolerance` says; empty where the backend agrees.
@@ -227,11 +228,13 @@ def outcome(name: str, question: Question) -> Outcome:
             with_lse, lse_reasons, answer = _first_answer(name, question)
             seconds = time.perf_counter() - started
             lacking = {"LSE": lse_reasons} if lse_reasons else {}
+            if why := why_no_gradients(name, question):
+                lacking["gradients"] = (why,)
             kernel = kernel_of(name, question)
             result = replace(result, lacking=lacking, seconds=seconds, kernel=kernel)
             asked = question
             judgements, faults = judge_all(question, answer, with_lse)
-            if with_lse and not faults:
+            if with_lse and "gradients" not in lacking and not faults:
                 asked = _of_out_alone(question)
                 judgements, faults = _judge_again(name, question, asked, judgements)
             if faults:
@@ -239,7 +242,7 @@ def outcome(name: str, question: Question) -> Outcome:
                 if asked is not question:
                     faults = [(t, f"{said}; without a cotangent of LSE") for t, said in faults]
             faults += _unrepeated(name, question, with_lse, answer)
-            if case.second and not faults:
+            if case.second and "gradients" not in lacking and not faults:
                 second, reasons = _second_derivatives(name, question, with_lse)
                 faults += [(t, fault) for t, found in second.items() for fault in found.faults]
                 judgements |= second

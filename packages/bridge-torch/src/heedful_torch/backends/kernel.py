@@ -102,7 +102,7 @@ class Kernel:
         backward: its backward operator; None where torch's own derivative is right.
         flag: where the diagonal of `is_causal` lies: it starts in the upper left corner of the
             scores, or ends in the lower right one; None where the flag is not used.
-        windows: whether that diagonal may be moved up, and have another one below it.
+        windows: what band it takes beside the flag: one "around" that diagonal, or "any".
         masks: the dtype of the additive mask, the accumulator's or q's own; None: it takes no mask.
         mask_gradient: whether `backward` gives the gradient of the mask.
         alignment: head sizes, strides and offsets are multiples of so many elements.
@@ -116,7 +116,7 @@ class Kernel:
     backward: Backward | None
     flag: Literal["upper left", "lower right"] | None
     masks: Literal["accumulator", "q"] | None
-    windows: bool = False
+    windows: Literal["around", "any"] | None = None
     mask_gradient: bool = False
     alignment: int = 1
     equal_head_sizes: bool = False
@@ -137,8 +137,10 @@ class Kernel:
 
     def says(self, place: Span) -> bool:
         """Whether its own arguments say exactly what position hides."""
-        if place.hides != "band" or self.flag is None:
-            return place.hides == "nothing"
+        if place.hides != "band" or self.windows == "any":
+            return place.hides != "by rows"
+        if self.flag is None:
+            return False
         corner = self.corner(len(place.rows), len(place.columns))
         if not self.windows:
             return place.below is None and place.above == corner
@@ -399,9 +401,12 @@ class _FusedPullBack(FirstOrder):
 
 def _fused_forward(kernel: Kernel, asked: Arguments) -> Results:
     """out, lse, and what the backward pass needs besides."""
-    q, k, v, *_ = asked
-    if q.numel() and k.numel():
-        return kernel.forward(asked)
+    return kernel.forward(asked) if asked.q.numel() and asked.k.numel() else of_nothing(asked)
+
+
+def of_nothing(asked: Arguments) -> Results:
+    """What there is where no row sees a key, or there is no row."""
+    q, _, v, *_ = asked
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     return Results(out, q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator))

@@ -9,7 +9,7 @@ explain.py    the same in words
 
 from heedful.dispatch.ambient import use_backend
 from heedful.dispatch.backend import Backend, Bridge, Gradients, Refusal
-from heedful.dispatch.choice import Verdict, choose, reasons, run
+from heedful.dispatch.choice import Verdict, choose, reasons, run, why_forward_only
 from heedful.dispatch.explain import Explanation, explain_choice
 from heedful.dispatch.registry import backends, register, unregister
 
@@ -28,4 +28,5 @@ __all__ = [
     "run",
     "unregister",
     "use_backend",
+    "why_forward_only",
 ]

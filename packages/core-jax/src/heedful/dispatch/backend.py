@@ -17,7 +17,7 @@ class Backend(Protocol):
     what is finer. Where there is more to say than that a feature is not taken, `lacks`, an optional
     mapping, says it by the feature's name.
 
-    Five more attributes are optional.
+    Six more attributes are optional.
 
     - `automatic`: its rank in the automatic choice within its framework, lower first. Without it, the
       backend is taken by name alone.
@@ -28,6 +28,8 @@ class Backend(Protocol):
       Without it, or where it is 0, the backend's memory is linear.
     - `kernel(problem)`: in words, what computes a problem that is accepted, for explanations and
       reports: a package, its version, which of its kernels.
+    - `forward_only(problem)`: why a problem that it accepts cannot be differentiated, or None; to
+      differentiate it then raises, in the framework's own way.
     - `largest`: how many scores, B · Hq · Sq · Sk, a call may have for the crosscheck to ask for it,
       where a kernel is too slow for more.
 

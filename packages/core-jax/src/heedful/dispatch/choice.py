@@ -29,12 +29,14 @@ class Verdict:
         score_bytes: what it builds that grows with Sq · Sk; 0 where its memory is linear, `UNKNOWN`
             where a size is a symbol.
         kernel: what computes it, in the backend's words, where there is more to say than its name.
+        forward_only: why it cannot be differentiated.
     """
 
     name: str
     reasons: tuple[str, ...]
     score_bytes: int = 0
     kernel: str = ""
+    forward_only: str = ""
 
     @property
     def accepted(self) -> bool:
@@ -43,8 +45,14 @@ class Verdict:
     def __str__(self) -> str:
         if not self.accepted:
             return "; ".join(self.reasons)
-        kernel = f", by {self.kernel}" if self.kernel else ""
-        return f"accepts{kernel}{f', and {self.builds}' if self.score_bytes else ''}"
+        parts = ["accepts"]
+        if self.kernel:
+            parts.append(f"by {self.kernel}")
+        if self.forward_only:
+            parts.append(f"without gradients: {self.forward_only}")
+        if self.score_bytes:
+            parts.append(f"and {self.builds}")
+        return ", ".join(parts)
 
     @property
     def builds(self) -> str:
@@ -171,9 +179,17 @@ def verdict_of(backend: Backend, problem: Problem) -> Verdict:
         score_bytes = _score_bytes(backend, problem)
         part = "kernel"
         kernel = str(backend.kernel(problem)) if hasattr(backend, "kernel") else ""
+        part = "forward_only"
+        forward_only = why_forward_only(backend, problem) or ""
     except Exception as error:  # whatever a broken backend raises, the others must go on
         return Verdict(backend.name, (f"its {part} fails: {error}",))
-    return Verdict(backend.name, (), score_bytes, kernel)
+    return Verdict(backend.name, (), score_bytes, kernel, forward_only)
+
+
+def why_forward_only(backend: Backend, problem: Problem) -> str | None:
+    """Why a backend cannot differentiate a problem that it accepts; None where it can."""
+    said = getattr(backend, "forward_only", None)
+    return None if said is None else said(problem)
 
 
 def _score_bytes(backend: Backend, problem: Problem) -> int:

@@ -19,6 +19,7 @@ backend that cannot run here is skipped, and the skip says why; one that `needs_
 """
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cache
@@ -79,7 +80,7 @@ class Contract:
     Attributes:
         backend: its name.
         caller: whose arrays call; None: its own framework's, JAX's compiled in a hurry.
-        accepts: groups of which no case may be refused, and "lse".
+        accepts: groups of which no case may be refused, "lse" and "gradients".
         cases: which cases it is asked.
         strict: whether it may lose no more digits than honest arithmetic does; otherwise as many as
             kernels of the flash family must.
@@ -153,6 +154,9 @@ class Contract:
             assert case.group not in self.accepts, found.reasons
         if "LSE" in found.lacking:
             assert "lse" not in self.accepts, found.lacking["LSE"]
+        for why in found.lacking.get("gradients", ()):
+            assert "gradients" not in self.accepts, why
+            _check_not_differentiated(Asked(self.backend, question, question.inputs, False), why)
         if reasons := found.reasons or found.lacking.get("LSE", ()):
             _check_said_alike(self.backend, question, not found.reasons, reasons)
 
@@ -191,6 +195,14 @@ def _why_unable(backend: Identity, name: str, caller: Caller) -> str | None:
 def _explained(asked: Asked) -> tuple[str, ...]:
     explanation = heedful.explain(**asked.primals, **asked.constants, **asked.options)
     return next(v.reasons for v in explanation.verdicts if v.name == asked.backend)
+
+
+def _check_not_differentiated(asked: Asked, why: str) -> None:
+    """That who tries is told, and gets no zeros."""
+    if asked.caller.framework == "numpy":  # which differentiates nothing
+        return
+    with float64_where_asked(asked.question.dtype), pytest.raises(Exception, match=re.escape(why)):
+        asked.caller.pull_back(asked.attend, asked.primals, asked.constants, asked.cotangents())
 
 
 def _check_said_alike(

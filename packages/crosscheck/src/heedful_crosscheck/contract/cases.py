@@ -310,8 +310,8 @@ FORMS = [
     case("lengths", "int64", kv_lengths=np.array([7, 3])),
 ]
 
-# All that a backend may accept: the groups, and LSE.
-EVERYTHING = frozenset(case.group for case in CASES + FORMS) | {"lse"}
+# All that a backend may accept: the groups, LSE, and to be differentiated.
+EVERYTHING = frozenset(case.group for case in CASES + FORMS) | {"lse", "gradients"}
 
 # For a crossing between frameworks, whose own rules are about arrays, not about options.
 ONE_OF_EACH_GROUP = list({case.group: case for case in reversed(CASES + FORMS)}.values())[::-1]

@@ -60,7 +60,7 @@ _alike = partial(
     grouped=True,
     largest_head=256,
 )
-CUDA = _alike(forward=calls_2.forward, backward=calls_2.backward, windows=True)
+CUDA = _alike(forward=calls_2.forward, backward=calls_2.backward, windows="around")
 INTERPRETED = _alike(forward=_interpreted_forward, backward=_interpreted_backward)
 
 
