@@ -37,6 +37,38 @@ class TestFlash(Contract):
     strict = True
 
 
+def promoting():
+    """Half dtypes, which jax.nn's attention promotes: where JAX is strict they are refused."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+class Tokamax(Contract):
+    cases = CASES
+    accepts = EVERYTHING - {
+        "lse",
+        "sinks",
+        "softcap",
+        "together",
+        "float16",
+        "float32 bias",
+        "no rows",
+    }
+
+    @pytest.fixture(autouse=True)
+    def lenient(self):
+        with promoting():
+            yield
+
+
+class TestTokamaxXla(Tokamax):
+    backend = "jax:tokamax-xla"
+
+
+class TestTokamaxXlaChunked(Tokamax):
+    backend = "jax:tokamax-xla-chunked"
+    accepts = Tokamax.accepts - {"bias", "infinite bias", "heads", "bfloat16", "float64"}
+
+
 class TestNnXla(Contract):
     backend = "jax:nn-xla"
     cases = CASES
@@ -53,7 +85,7 @@ class TestNnXla(Contract):
 
     @pytest.fixture(autouse=True)
     def lenient(self):
-        with jax.numpy_dtype_promotion("standard"):  # where it is strict, half dtypes are refused
+        with promoting():
             yield
 
 

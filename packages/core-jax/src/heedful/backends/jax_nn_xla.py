@@ -25,20 +25,8 @@ class XlaBackend:
         reasons = []
         if problem.dtype == "float64":
             reasons.append("jax.nn.dot_product_attention computes every softmax in float32")
-        promotion = jax.config.jax_numpy_dtype_promotion  # type: ignore[attr-defined]  # untyped
-        if problem.dtype in ("float16", "bfloat16") and promotion == "strict":
-            reasons.append(
-                f"jax.nn.dot_product_attention promotes {problem.dtype} to float32 implicitly, "
-                'which jax_numpy_dtype_promotion="strict" forbids'
-            )
-        if problem.dtype == "float16" and problem.platform != "gpu":
-            reasons.append(
-                "jax.nn.dot_product_attention asks XLA for the product F16_F16_F32, "
-                f"which XLA has on GPUs alone; q lies on {problem.platform}"
-            )
-        elif (
-            problem.dtype == "bfloat16" and problem.platform == "cpu" and _without_a_matrix(problem)
-        ):
+        reasons += jax_nn.half_limits("jax.nn.dot_product_attention", problem)
+        if problem.dtype == "bfloat16" and problem.platform == "cpu" and _without_a_matrix(problem):
             reasons.append(
                 f"XLA of jax {jax.__version__} fails on a CPU where a product of bfloat16 has two axes "
                 f"of 1 among Hq·Sq, Sk and D and no batch: {problem.group * problem.q_length}, "
