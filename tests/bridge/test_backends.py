@@ -34,6 +34,14 @@ class TestFlex(Contract, examples=30):
     accepts = EVERYTHING - {"gradients", "sinks"}
 
 
+class TestZentorch(Contract, examples=30):
+    backend = "torch:zentorch"
+    caller = TorchCaller(on_gpu=False)
+    accepts = EVERYTHING - {
+        "gradients", "lse", "sinks", "softcap", "together", "float16", "float32 bias",
+    }  # fmt: skip
+
+
 class TestFlashAttn2(Contract, examples=15):
     backend = "torch:flash-attn-2"
     caller = TorchCaller(on_gpu=False)

@@ -18,11 +18,12 @@ from heedful_torch.backends.kernel import (
     Kernel,
     Results,
     attend,
+    attend_forward,
     limits,
     of_nothing,
     score_bytes,
 )
-from heedful_torch.function import has_no_data, refuse_recording, without_gradient
+from heedful_torch.function import has_no_data, refuse_recording
 
 NO_BACKWARD = "FlexAttention has no backward pass on a CPU"
 
@@ -105,13 +106,10 @@ class FlexAttention:
         return score_bytes(KERNEL, problem)
 
     def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
-        if self.forward_only(problem) is None:
+        why = self.forward_only(problem)
+        if why is None:
             return attend(KERNEL, problem, operands)
-        alone = Operands(**{name: x.detach() for name, x in operands.given.items()})
-        out, lse = attend(KERNEL, problem, alone)
-        assert lse is not None
-        found = without_gradient(NO_BACKWARD, (out, lse), operands.differentiable.values())
-        return found[0], found[1]
+        return attend_forward(KERNEL, problem, operands, why)
 
 
 backend = FlexAttention()

@@ -37,7 +37,13 @@ from heedful.call.problem import Problem
 from heedful.rules.visibility import hiding
 from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.backends.score_mask import Span, additive_shape, score_mask, span_of
-from heedful_torch.function import FirstOrder, Function, no_forward_mode, outside_compilation
+from heedful_torch.function import (
+    FirstOrder,
+    Function,
+    no_forward_mode,
+    outside_compilation,
+    without_gradient,
+)
 from heedful_torch.outside_autocast import no_autocast
 
 
@@ -186,12 +192,18 @@ def limits(kernel: Kernel, problem: Problem, takes: Collection[str]) -> list[str
     return reasons
 
 
-def score_bytes(kernel: Kernel, problem: Problem) -> int:
-    """What a kernel is given, or materialises itself, that grows with Sq · Sk, in bytes."""
+def score_bytes(kernel: Kernel, problem: Problem, scores: bool | None = None) -> int:
+    """What a kernel is given, or materialises itself, that grows with Sq · Sk, in bytes.
+
+    Args:
+        kernel: whose.
+        problem: what is asked.
+        scores: whether it materialises the scores; None: where it has no backward operator, it does.
+    """
     place = span_of(problem)
     itemsize = getattr(torch, problem.accumulator).itemsize
     found = 0
-    if kernel.backward is None:  # scores and probabilities
+    if kernel.backward is None if scores is None else scores:  # and probabilities
         found += (
             2 * itemsize * problem.batch * problem.q_heads * len(place.rows) * len(place.columns)
         )
@@ -232,6 +244,17 @@ def attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor
     """out and lse of a problem that is within the kernel's limits."""
     with no_autocast(operands.q):
         return _attend(kernel, problem, operands)
+
+
+def attend_forward(
+    kernel: Kernel, problem: Problem, operands: Operands, why: str
+) -> tuple[Tensor, Tensor | None]:
+    """The same of a kernel that has no gradients; to differentiate them raises, and says why."""
+    detached = Operands(**{name: x.detach() for name, x in operands.given.items()})
+    out, lse = attend(kernel, problem, detached)
+    results = (out,) if lse is None else (out, lse)
+    out, *rest = without_gradient(why, results, operands.differentiable.values())
+    return out, rest[0] if rest else None
 
 
 def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
