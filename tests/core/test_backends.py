@@ -43,6 +43,7 @@ def promoting():
 
 
 class Tokamax(Contract):
+    caller = JaxCaller()  # hardly optimised, XLA gives the bias of xla_chunked a gradient of NaN
     cases = CASES
     accepts = EVERYTHING - {
         "lse",
@@ -66,7 +67,6 @@ class TestTokamaxXla(Tokamax):
 
 class TestTokamaxXlaChunked(Tokamax):
     backend = "jax:tokamax-xla-chunked"
-    accepts = Tokamax.accepts - {"bias", "infinite bias", "heads", "bfloat16", "float64"}
 
 
 class TestNnXla(Contract):
@@ -108,4 +108,5 @@ class TestFlashFromNumpy(Contract, examples=3):
 
 def test_every_required_backend_is_tested():
     required = {name for name in REQUIRED or () if not name.startswith("torch:")}
-    assert required <= {contract.backend for contract in Contract.__subclasses__()}
+    contracts = [*Contract.__subclasses__(), *Tokamax.__subclasses__()]
+    assert required <= {getattr(contract, "backend", None) for contract in contracts}

@@ -34,18 +34,11 @@ class TokamaxBackend:
 
     automatic = None
     takes = jax_nn.TAKES | {"softcap", "value_dim"}
-    lacks = MappingProxyType(
-        {
-            "return_lse": "tokamax.dot_product_attention returns no log-sum-exp",
-            "bias": "the gradient of a bias is NaN in places in tokamax's xla_chunked",
-        }
-    )
+    lacks = MappingProxyType({"return_lse": "tokamax.dot_product_attention returns no log-sum-exp"})
 
     def __init__(self, implementation: Implementation):
         self.implementation = implementation
         self.name = f"jax:tokamax-{implementation.replace('_', '-')}"
-        if implementation == "xla_chunked":
-            self.takes = self.takes - {"bias"}
 
     def reasons(self, problem: Problem) -> list[str]:
         reasons = []
