@@ -98,14 +98,14 @@ def crosscheck(
     for what, given in (("backends", backends), ("cases", cases), ("dtypes", dtypes)):
         if isinstance(given, str):
             raise TypeError(f"{what} must be a list of names. Got {given!r}. Pass [{given!r}].")
-    chosen = _chosen_backends(backends)
-    chosen_cases = _chosen_cases(cases)
+    chosen = chosen_backends(backends)
+    asked = chosen_cases(cases)
     if dtypes is not None:
         _check_dtypes(dtypes)
     started = time.perf_counter()
     outcomes: list[Outcome] = []
     try:
-        collect_outcomes(chosen, chosen_cases, dtypes, seed, outcomes, progress)
+        collect_outcomes(chosen, asked, dtypes, seed, outcomes, progress)
     except KeyboardInterrupt as end:
         seconds = time.perf_counter() - started
         raise Interrupted(Report(tuple(outcomes), seed, seconds, strict, complete=False)) from end
@@ -122,13 +122,18 @@ def memory_needed(
     Raises:
         ValueError: an unknown backend or dtype.
     """
-    names = _chosen_backends(backends)
+    names = chosen_backends(backends)
     _check_dtypes(dtypes)
     found = ([estimate(case, dtype, names, WORKERS) for dtype in dtypes] for case in cases)
     return [max(by_dtype, key=lambda memory: memory.at_once) for by_dtype in found]
 
 
-def _chosen_backends(names: Sequence[str] | None) -> list[str]:
+def chosen_backends(names: Sequence[str] | None) -> list[str]:
+    """The backends of these names, or all.
+
+    Raises:
+        ValueError: there is none of a name.
+    """
     known = heedful.backends()
     for name in names or ():
         if name not in known:
@@ -142,7 +147,12 @@ def _check_dtypes(dtypes: Sequence[str]) -> None:
             raise ValueError(f"dtypes must be of {', '.join(DTYPES)}. Got {dtype!r}.")
 
 
-def _chosen_cases(cases: Sequence[Case | str] | None) -> list[Case]:
+def chosen_cases(cases: Sequence[Case | str] | None) -> list[Case]:
+    """Cases, and those of names and groups; or all.
+
+    Raises:
+        InputError: a name matches none.
+    """
     if cases is None:
         return list(everything())
     patterns = [case for case in cases if isinstance(case, str)]

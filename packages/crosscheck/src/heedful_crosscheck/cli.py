@@ -4,6 +4,7 @@ import importlib
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -119,6 +120,82 @@ def crosscheck(
         raise typer.Exit(
             128 + (signal.SIGTERM if isinstance(ended, _Terminated) else signal.SIGINT)
         )
+    raise typer.Exit(_exit_status(report, backend or []))
+
+
+@app.command()
+def record(
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Where they go.")],
+    backend: Annotated[str, typer.Option(help="Whose answers.")],
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="A case or a group, * and ? allowed; repeat for more. All by default."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float64, float32, float16 or bfloat16; by default each case's own."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of generated inputs and cotangents.")] = 0,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Imported first: one that registers."),
+    ] = None,
+) -> None:
+    """Keep what a backend answers on this machine: outputs, log-sum-exp and gradients.
+
+    Exit status: 0 it is written, 2 it could not be.
+    """
+    import heedful_crosscheck as judge
+    from heedful_crosscheck import records
+
+    _import(imports or [])
+    try:
+        chosen = judge.chosen_cases(cases)
+        (name,) = judge.chosen_backends([backend])
+        found = records.record(name, chosen, dtype, seed, judge.report.environment())
+    except ValueError as error:
+        _stop(str(error))
+    records.save(found, file)
+    by = f", by {found.kernel}" if found.kernel else ""
+    typer.echo(
+        f"{len(found.runs)} answers of {name}{by}, in {file}, {file.stat().st_size:,} bytes."
+    )
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Of `heedful record`.")],
+    backend: Annotated[
+        list[str] | None, typer.Option(help="A backend's name; repeat for more. All by default.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Count lossy as disagreement (status 1).")
+    ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Imported first: one that registers."),
+    ] = None,
+) -> None:
+    """Judge a record by the oracle, and the backends here by the record.
+
+    Exit status: as of `crosscheck`.
+    """
+    import heedful_crosscheck as judge
+    from heedful_crosscheck import records
+
+    _import(imports or [])
+    started = time.perf_counter()
+    try:
+        found = records.load(file)
+        outcomes = records.replay(found, judge.chosen_backends(backend))
+    except ValueError as error:
+        _stop(str(error))
+    seconds = time.perf_counter() - started
+    report = judge.Report(tuple(outcomes), found.seed, seconds, strict)
+    when, by = found.environment["date"], found.kernel or found.backend
+    typer.echo(f"{file}: {by}, {when}, judged by the oracle; the others by its answers.")
+    wide = None if sys.stdout.isatty() else judge.report.WIDTH
+    Console(width=wide).print(report)
     raise typer.Exit(_exit_status(report, backend or []))
 
 

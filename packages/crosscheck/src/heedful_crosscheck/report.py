@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -391,6 +392,7 @@ def environment() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_available()
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "heedful": heedful.__version__,
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,

@@ -132,7 +132,7 @@ def collect_outcomes(
     if "torch" in callers and find_spec("torch"):
         caller_of("torch")  # imported now, so that its settings are among those that are kept
     settings = _Settings.now()
-    pairs = [(case, dtype) for case in cases for dtype in _dtypes_of(case, dtypes)]
+    pairs = [(case, dtype) for case in cases for dtype in dtypes_of(case, dtypes)]
     # NumPy's products here are small: with threads of their own they wait for each other, a quarter of
     # the time. torch's and XLA's are left as they are.
     one_thread = threadpool_limits(1, user_api="blas")
@@ -210,7 +210,8 @@ def is_asked(backend: str, case: Case) -> bool:
     return case.row is not None or framework(backend) != case.caller
 
 
-def _dtypes_of(case: Case, dtypes: Sequence[str] | None) -> Sequence[str]:
+def dtypes_of(case: Case, dtypes: Sequence[str] | None) -> Sequence[str]:
+    """In which dtypes a case is asked, of those that somebody wants."""
     if case.dtype is None:
         return case.usual if dtypes is None else dtypes
     return [case.dtype] if dtypes is None or case.dtype in dtypes else []

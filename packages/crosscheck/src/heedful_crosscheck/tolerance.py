@@ -74,7 +74,7 @@ a yardstick, a wide limit.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -197,6 +197,17 @@ class Standard:
         hidden = np.broadcast_to(hidden, right.shape)
         of_plain, of_lossy = errors(plain), errors(lossy)
         return cls(tensor, dtype, right, want, finite, unit, size, of_plain, of_lossy, hidden)
+
+    def beside(self, answer: np.ndarray) -> "Standard":
+        """The same with somebody's answer in the oracle's place.
+
+        He may be as far from the oracle as whom he judges, so that both errors count.
+        """
+        right = _in_rows(self.tensor, answer)
+        finite = np.isfinite(right)
+        want = np.where(finite, right, 0) / self.unit
+        plain, lossy = (Errors(*(2 * e for e in errors)) for errors in (self.plain, self.lossy))
+        return replace(self, right=right, finite=finite, want=want, plain=plain, lossy=lossy)
 
     def judge(self, got: np.ndarray) -> Judgement:
         """Judges a backend's tensor, shaped like the oracle's."""

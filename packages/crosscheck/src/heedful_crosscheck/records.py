@@ -1,0 +1,252 @@
+"""What a backend answered on some machine, kept in a file, and judged beside today's answers elsewhere.
+
+A record is a safetensors file: the answers to some cases, by `<case>/<dtype>/<tensor>`, as the call
+returned them; in its metadata the backend, what computed, where and when, the seed, and a hash of each
+case's inputs, which are made again. So a machine without a GPU is held to what a kernel answered on one.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from heedful.dispatch.registry import in_a_line
+from heedful_crosscheck.ask import Refused, ask, float64_where_asked, kernel_of
+from heedful_crosscheck.cases import Case, InputError, Inputs, everything
+from heedful_crosscheck.question import Question
+from heedful_crosscheck.run import Failure, Outcome, dtypes_of
+from heedful_crosscheck.tolerance import Standard
+from heedful_crosscheck.yardstick import Tensors
+
+FORMAT = "heedful record 1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer of a record.
+
+    Attributes:
+        case, dtype: the question.
+        inputs: a hash of its arrays and options.
+        with_lse: whether LSE was asked for, and differentiated.
+        answer: the tensors, as called.
+    """
+
+    case: str
+    dtype: str
+    inputs: str
+    with_lse: bool
+    answer: Tensors
+
+
+@dataclass(frozen=True)
+class Record:
+    """The answers of one backend, as they were on some machine.
+
+    Attributes:
+        backend: its name.
+        kernel: what computed, in its words.
+        seed: of the questions.
+        environment: versions, machine and date.
+        runs: the answers.
+    """
+
+    backend: str
+    kernel: str
+    seed: int
+    environment: Mapping[str, Any]
+    runs: tuple[Run, ...]
+
+
+def record(
+    backend: str,
+    cases: Sequence[Case],
+    dtypes: Sequence[str] | None,
+    seed: int,
+    environment: Mapping[str, Any],
+) -> Record:
+    """Asks a backend, and keeps what it answers; what it refuses is left out.
+
+    Raises:
+        InputError: it refused everything.
+        Whatever the backend raises.
+    """
+    runs, reasons, kernel = [], dict[str, None](), ""
+    for case in cases:
+        for dtype in dtypes_of(case, dtypes):
+            question = Question.of(case, seed, dtype)
+            for with_lse in (True, False) if case.return_lse else (False,):
+                try:
+                    with float64_where_asked(dtype):
+                        answer = ask(backend, question, question.inputs, with_lse)
+                except Refused as refusal:
+                    reasons |= dict.fromkeys(refusal.reasons)
+                    continue
+                kernel = kernel_of(backend, question)
+                runs.append(Run(case.name, dtype, _hash(question.inputs), with_lse, answer))
+                break
+    if not runs:
+        raise InputError(f"{backend} refused every case: {'; '.join(reasons)}")
+    return Record(backend, kernel, seed, environment, tuple(runs))
+
+
+def save(found: Record, path: str | Path) -> None:
+    """Writes a record, the whole file or none of it."""
+    tensors = {
+        f"{run.case}/{run.dtype}/{name}": np.ascontiguousarray(x)
+        for run in found.runs
+        for name, x in run.answer.items()
+    }
+    facts = {
+        "format": FORMAT,
+        "backend": found.backend,
+        "kernel": found.kernel,
+        "seed": found.seed,
+        "environment": dict(found.environment),
+        "runs": [
+            {"case": r.case, "dtype": r.dtype, "inputs": r.inputs, "with_lse": r.with_lse}
+            for r in found.runs
+        ],
+    }
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    safetensors.numpy.save_file(tensors, part, {"heedful": json.dumps(facts)})
+    part.replace(path)
+
+
+def load(path: str | Path) -> Record:
+    """Reads a record.
+
+    Raises:
+        InputError: the file cannot be read, or is no record.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            facts = json.loads((file.metadata() or {}).get("heedful", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as a record: {error}") from error
+    if facts.get("format") != FORMAT:
+        raise InputError(
+            f"{path} is no {FORMAT!r}. Got {facts.get('format')!r}. `heedful record` writes one."
+        )
+    runs = []
+    for run in facts["runs"]:
+        prefix = f"{run['case']}/{run['dtype']}/"
+        answer = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+        runs.append(Run(**run, answer=answer))
+    return Record(
+        facts["backend"], facts["kernel"], facts["seed"], facts["environment"], tuple(runs)
+    )
+
+
+def replay(found: Record, backends: Sequence[str]) -> list[Outcome]:
+    """Judges the recorded answers by the oracle, and each backend's by the recorded ones.
+
+    By the recorded ones as by the oracle, but that both may be off: a backend agrees where it is no
+    farther from them than two who agree with the oracle may be from each other.
+
+    Raises:
+        InputError: a case is unknown here, or its inputs are not those that were asked.
+    """
+    known = {case.name: case for case in everything()}
+    outcomes = []
+    for run in found.runs:
+        if run.case not in known:
+            raise InputError(
+                f"the record has a case {run.case!r}, which is none here. Record again."
+            )
+        question = Question.of(known[run.case], found.seed, run.dtype)
+        if _hash(question.inputs) != run.inputs:
+            raise InputError(
+                f"the inputs of {run.case} in {run.dtype} are not those that were recorded: the case, "
+                "or how NumPy draws, has changed. Record again."
+            )
+        recorded = f"recorded {found.backend}"
+        of_oracle = question.standards(run.with_lse)
+        outcomes.append(_judged(recorded, question, of_oracle, run.answer))
+        answer = question.canonical(run.answer)
+        of_record = {tensor: of_oracle[tensor].beside(x) for tensor, x in answer.items()}
+        for name in backends:
+            outcomes.append(_asked(name, question, of_record, run.with_lse))
+    return outcomes
+
+
+def _asked(
+    backend: str, question: Question, standards: dict[str, Standard], with_lse: bool
+) -> Outcome:
+    facts = backend, question.case.name, question.case.group, question.dtype
+    lacking: dict[str, tuple[str, ...]] = {}
+    started = time.perf_counter()
+    try:
+        with float64_where_asked(question.dtype):
+            try:
+                answer = ask(backend, question, question.inputs, with_lse)
+            except Refused as refusal:
+                if not with_lse:
+                    raise
+                answer = ask(backend, question, question.inputs, with_lse=False)
+                lacking["LSE"] = refusal.reasons
+                standards = {"out": standards["out"]}  # gradients were recorded with LSE's
+        found = _judged(backend, question, standards, answer)
+        seconds, kernel = time.perf_counter() - started, kernel_of(backend, question)
+        return replace(found, lacking=lacking, seconds=seconds, kernel=kernel)
+    except Refused as refusal:
+        return Outcome(*facts, reasons=refusal.reasons)
+    except Exception as error:  # whatever a backend raises, the others are judged
+        said = f"raised {in_a_line(error)}"
+        return Outcome(*facts, failures=(_failure(backend, question, None, said),))
+
+
+def _judged(
+    name: str, question: Question, standards: dict[str, Standard], answer: Tensors
+) -> Outcome:
+    case, dtype = question.case, question.dtype
+    if misshapen := question.misshapen(answer):
+        failures = tuple(_failure(name, question, tensor, said) for tensor, said in misshapen)
+        return Outcome(name, case.name, case.group, dtype, failures=failures)
+    judgements = {
+        tensor: standards[tensor].judge(got)
+        for tensor, got in question.canonical(answer).items()
+        if tensor in standards
+    }
+    failures, losses = (
+        tuple(
+            _failure(name, question, tensor, said)
+            for tensor, judgement in judgements.items()
+            for said in getattr(judgement, kind)
+        )
+        for kind in ("faults", "losses")
+    )
+    return Outcome(
+        name,
+        case.name,
+        case.group,
+        dtype,
+        judgements=judgements,
+        failures=failures,
+        losses=losses,
+    )
+
+
+def _failure(name: str, question: Question, tensor: str | None, said: str) -> Failure:
+    case = question.case
+    return Failure(name, case.name, question.dtype, tensor, said, case.description)
+
+
+def _hash(inputs: Inputs) -> str:
+    """Of all arrays, their shapes and dtypes, and the other options."""
+    digest = hashlib.sha256()
+    arrays = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.arrays}
+    for name, x in sorted(arrays.items()):
+        digest.update(f"{name} {x.dtype} {x.shape} ".encode() + np.ascontiguousarray(x).tobytes())
+    others = {name: x for name, x in inputs.options.items() if name not in inputs.arrays}
+    digest.update(repr(sorted(others.items())).encode())
+    return digest.hexdigest()
