@@ -41,7 +41,16 @@ BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 BUILD = {"FLASH_ATTENTION_FORCE_BUILD": "TRUE", "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
-NEED_A_GPU = ("jax:nn-cudnn", "torch:sdpa-efficient", "torch:sdpa-cudnn")
+NEED_A_GPU = (
+    "jax:nn-cudnn",
+    "jax:tokamax-triton",
+    "jax:tokamax-mosaic",
+    "jax:tokamax-cudnn",
+    "torch:sdpa-efficient",
+    "torch:sdpa-cudnn",
+    "torch:flash-attn-3",
+    "torch:flash-attn-4",
+)
 
 PACKAGES = ("packages/core-jax", "packages/bridge-torch", "packages/crosscheck")
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")

@@ -48,6 +48,16 @@ class TestFlashAttn2(Contract, examples=15):
     accepts = frozenset({"lse", "basic", "scale", "value size", "causal"})
 
 
+class TestFlashAttn3(Contract, needs_gpu=True):
+    backend = "torch:flash-attn-3"
+    accepts = frozenset({"gradients"})
+
+
+class TestFlashAttn4(Contract, needs_gpu=True):
+    backend = "torch:flash-attn-4"
+    accepts = frozenset({"gradients", "lse"})
+
+
 class TestSdpaMathFromJax(Contract):
     backend = "torch:sdpa-math"
     caller = JaxCaller(QUICKLY)

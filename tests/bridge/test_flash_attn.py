@@ -17,7 +17,7 @@ import heedful
 import reference
 from heedful.call import Call
 from heedful_crosscheck.contract import REQUIRED
-from heedful_torch.backends.flash_attn import two
+from heedful_torch.backends.flash_attn import four, three, two
 from heedful_torch.backends.kernel import attend, limits
 from heedful_torch.worker import Worker, WorkerError
 
@@ -264,40 +264,108 @@ def played(monkeypatch):
     )
 
 
-@pytest.mark.usefixtures("played")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"causal": True},
-        {"causal": "top_left"},
-        {"causal": True, "q_offset": 3},
-        {"window": (5, 2)},
-        {"window": (None, 4)},
-        {"window": (6, None), "causal": True},
-        {"window": (9, 1), "q_offset": 0},
-        {"softcap": 2.0, "causal": True},
-        {"softcap": 3.0, "window": (4, 4)},
-        {"scale": -0.7},
-        {"scale": 0.0},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("lengths", [(24, 24), (17, 30), (30, 17)], ids=str)
-def test_cuda_kernels_are_told_what_is_asked(options, lengths):
+OPTIONS = [
+    {},
+    {"causal": True},
+    {"causal": "top_left"},
+    {"causal": True, "q_offset": 3},
+    {"window": (5, 2)},
+    {"window": (None, 4)},
+    {"window": (6, None), "causal": True},
+    {"window": (9, 1), "q_offset": 0},
+    {"softcap": 2.0, "causal": True},
+    {"softcap": 3.0, "window": (4, 4)},
+    {"scale": -0.7},
+    {"scale": 0.0},
+]
+LENGTHS = [(24, 24), (17, 30), (30, 17)]
+
+
+def agrees_with_the_reference(kernel, takes, options, lengths, with_lse):
     primals = qkv(Sq=lengths[0], Sk=lengths[1], D=12)
-    call = Call.of(*primals, **options, return_lse=True)
-    assert not limits(two.CUDA, call.problem, two.FlashAttn2.takes)
-    out, lse = attend(two.CUDA, call.problem, call.operands)
-    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    arrays = [x.detach().numpy() for x in (*primals, dout, dlse)]
+    call = Call.of(*primals, **options, return_lse=with_lse)
+    assert not limits(kernel, call.problem, takes)
+    out, lse = attend(kernel, call.problem, call.operands)
+    assert (lse is not None) == with_lse
+    dout, dlse = torch.randn_like(out), torch.randn(out.shape[:3])
+    arrays = [x.detach().numpy() for x in (*primals, dout, *([dlse] if with_lse else []))]
     right = reference.attention(*arrays, **options)
-    loss = (out * dout).sum() + (torch.where(lse.isfinite(), lse, 0) * dlse).sum()
-    got = (out, lse, *torch.autograd.grad(loss, primals))
-    for ours, want in zip(got, right[:5], strict=True):
-        torch.testing.assert_close(
-            ours.detach().double(), torch.from_numpy(want), rtol=1e-5, atol=1e-5
-        )
+    loss = (out * dout).sum()
+    if with_lse:
+        loss = loss + (torch.where(lse.isfinite(), lse, 0) * dlse).sum()
+    gradients = torch.autograd.grad(loss, primals)
+    got = (out, lse, *gradients) if with_lse else (out, *gradients)
+    wanted = right[:5] if with_lse else (right[0], *right[2:5])
+    for ours, want in zip(got, wanted, strict=True):
+        ours = ours.detach().double()
+        torch.testing.assert_close(ours, torch.from_numpy(want), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_cuda_kernels_are_told_what_is_asked(options, lengths):
+    agrees_with_the_reference(two.CUDA, two.FlashAttn2.takes, options, lengths, with_lse=True)
+
+
+def attention_of_four(
+    q, k, v, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0,
+    return_lse=False,
+):  # fmt: skip
+    """flash-attn 4's public function by its documentation, differentiable, in float64."""
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+    sides = [-1 if side is None else side for side in window_size]
+    assert all(side is None or side >= 0 for side in window_size)
+    scores, _ = FlashAttnInterface("")._probabilities(q, k, softmax_scale, causal, *sides, softcap)
+    values = v.transpose(1, 2).double().repeat_interleave(q.shape[2] // k.shape[2], 1)
+    out = (scores.softmax(-1) @ values).transpose(1, 2).to(q.dtype)
+    return out, scores.logsumexp(-1).float() if return_lse else None
+
+
+def attention_of_three(
+    q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
+    v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1,
+    pack_gqa=None, deterministic=False, sm_margin=0,
+):  # fmt: skip
+    """flash-attn 3's: out alone."""
+    assert all(side >= -1 for side in window_size)
+    sides = tuple(None if side == -1 else side for side in window_size)
+    return attention_of_four(q, k, v, softmax_scale, causal, sides, softcap)[0]
+
+
+@pytest.fixture
+def newer_played(monkeypatch):
+    for name, function in (
+        ("flash_attn_interface", attention_of_three),
+        ("flash_attn.cute", attention_of_four),
+    ):
+        module = ModuleType(name)
+        module.flash_attn_func = function
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+
+
+@pytest.mark.usefixtures("newer_played")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("backend", [three.backend, four.backend], ids=lambda b: b.name)
+def test_newer_generations_are_told_what_is_asked(backend, options, lengths):
+    with_lse = "return_lse" in backend.takes
+    agrees_with_the_reference(backend.kernel_of_it, backend.takes, options, lengths, with_lse)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("torch:flash-attn-3", "flash_attn_interface"), ("torch:flash-attn-4", "flash_attn.cute")],
+)
+def test_newer_generations_say_all_that_keeps_them_from_running_here(name, module):
+    said = next(v for v in heedful.explain(*qkv()).verdicts if v.name == name).reasons
+    assert said[:3] == (
+        "this kernel needs a CUDA GPU; the arrays lie on cpu",
+        "this kernel takes float16 and bfloat16, not float32",
+        "this torch sees no CUDA GPU",
+    )
+    assert said[3].startswith(f"{module} cannot be imported: ")
 
 
 # Its process

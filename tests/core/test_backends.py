@@ -69,6 +69,21 @@ class TestTokamaxXlaChunked(Tokamax):
     backend = "jax:tokamax-xla-chunked"
 
 
+class TestTokamaxTriton(Tokamax, needs_gpu=True):
+    backend = "jax:tokamax-triton"
+    accepts = frozenset({"gradients"})
+
+
+class TestTokamaxMosaic(Tokamax, needs_gpu=True):
+    backend = "jax:tokamax-mosaic"
+    accepts = frozenset({"gradients"})
+
+
+class TestTokamaxCudnn(Tokamax, needs_gpu=True):
+    backend = "jax:tokamax-cudnn"
+    accepts = frozenset({"gradients"})
+
+
 class TestNnXla(Contract):
     backend = "jax:nn-xla"
     cases = CASES

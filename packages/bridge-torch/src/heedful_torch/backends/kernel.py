@@ -184,7 +184,9 @@ def limits(kernel: Kernel, problem: Problem, takes: Collection[str]) -> list[str
         size, largest = max(problem.head_dim, problem.value_dim), kernel.largest_head
         if kernel.padded(size) > largest:
             reasons.append(f"this kernel takes head sizes up to {largest}, not {size}")
-        elif problem.return_lse and kernel.padded(size + LSE_COLUMNS) > largest:
+        elif not problem.return_lse or kernel.backward is None:
+            pass
+        elif kernel.padded(size + LSE_COLUMNS) > largest:
             reasons.append(
                 f"with return_lse this kernel takes head sizes up to {largest - LSE_COLUMNS}, "
                 f"not {size}: the gradient of the LSE needs columns of its own"
