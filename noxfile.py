@@ -100,9 +100,10 @@ def core(session: nox.Session) -> None:
     """Test heedful and its judge with no torch installed, on two generations of JAX."""
     install(session, "packages/core-jax", "packages/crosscheck", *TEST_TOOLS)
     session.env.update(compiled(session))
-    # On the shared environment's Python each backend has a session of its own.
-    of_backends = ["--ignore=tests/core/test_backends.py"] if session.python == "3.11" else []
-    session.run(*PYTEST, "tests/core", "tests/crosscheck", *of_backends, *session.posargs)
+    # Backends are held to the contract in sessions of their own, by the older JAX; here by the newer one,
+    # which Python 3.12 and 3.13 share, once.
+    contract = [] if session.python == "3.12" else ["--ignore=tests/core/test_backends.py"]
+    session.run(*PYTEST, "tests/core", "tests/crosscheck", *contract, *session.posargs)
 
 
 @nox.session(python="3.11", default=False)

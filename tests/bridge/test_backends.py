@@ -28,7 +28,7 @@ class TestSdpaCudnn(Contract, examples=100, needs_gpu=True):
     accepts = frozenset({"lse"})
 
 
-class TestFlex(Contract, examples=30):
+class TestFlex(Contract, examples=10):
     backend = "torch:flex"
     caller = TorchCaller(on_gpu=False)
     accepts = EVERYTHING - {"gradients", "sinks"}
@@ -42,7 +42,7 @@ class TestZentorch(Contract, examples=30):
     }  # fmt: skip
 
 
-class TestFlashAttn2(Contract, examples=15):
+class TestFlashAttn2(Contract, examples=8):
     backend = "torch:flash-attn-2"
     caller = TorchCaller(on_gpu=False)
     accepts = frozenset({"lse", "basic", "scale", "value size", "causal"})
