@@ -100,8 +100,8 @@ def core(session: nox.Session) -> None:
     """Test heedful and its judge with no torch installed, on two generations of JAX."""
     install(session, "packages/core-jax", "packages/crosscheck", *TEST_TOOLS)
     session.env.update(compiled(session))
-    # Backends are held to the contract in sessions of their own, by the older JAX; here by the newer one,
-    # which Python 3.12 and 3.13 share, once.
+    # Backends are held to the contract in sessions of their own, by the older JAX; here by the newer
+    # one, which Python 3.12 and 3.13 share, once.
     contract = [] if session.python == "3.12" else ["--ignore=tests/core/test_backends.py"]
     session.run(*PYTEST, "tests/core", "tests/crosscheck", *contract, *session.posargs)
 
@@ -114,9 +114,10 @@ def environment(session: nox.Session) -> None:
 
 @shared_session()
 def bridge(session: nox.Session) -> None:
-    """Test heedful-torch, and torch's own backends called from every framework."""
+    """Test heedful-torch, but for its backends, which have sessions of their own."""
     session.env.update(compiled(session))
-    run(session, *PYTEST, "tests/bridge", *session.posargs)
+    own = "--ignore=tests/bridge/test_backends.py"
+    run(session, *PYTEST, "tests/bridge", own, *session.posargs)
 
 
 @nox.session(python="3.11", requires=["environment"])
@@ -125,7 +126,8 @@ def backend(session: nox.Session, backend: str) -> None:
     """Hold one backend to the contract; it must be able to run."""
     install_beside(session, backend)
     session.env.update({"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session))
-    session.run("python", "-m", *PYTEST, *tests_of(backend), *session.posargs)
+    for tests in tests_of(backend):
+        session.run("python", "-m", *PYTEST, *tests, *session.posargs)
 
 
 @nox.session(name="backend-gpu", venv_backend="none", default=False)
@@ -133,15 +135,19 @@ def backend(session: nox.Session, backend: str) -> None:
 def backend_gpu(session: nox.Session, backend: str) -> None:
     """The same for one that needs a GPU, in the Python on PATH with its own CUDA builds."""
     session.env["HEEDFUL_REQUIRE_BACKENDS"] = backend
-    session.run("python", "-m", "pytest", *tests_of(backend), *session.posargs, external=True)
+    for tests in tests_of(backend):
+        session.run("python", "-m", "pytest", *tests, *session.posargs, external=True)
 
 
-def tests_of(backend: str) -> list[str]:
-    """The contract's, and those of a package that only the backend's session has."""
-    if not backend.startswith("torch:"):
-        return ["tests/core/test_backends.py"]
-    own = ["tests/bridge/test_flash_attn.py"] if "flash-attn" in backend else []
-    return ["tests/bridge/test_backends.py", *own]
+def tests_of(backend: str) -> list[list[str]]:
+    """The contract's, run by run, and those of a package that only the backend's session has."""
+    called_from_torch = ["tests/bridge/test_backends.py"]
+    if backend.startswith("torch:flash-attn"):
+        return [[*called_from_torch, "tests/bridge/test_flash_attn.py"]]
+    if backend.startswith("torch:"):
+        return [called_from_torch]
+    own = ["tests/core/test_backends.py"]
+    return [own, called_from_torch] if backend in ("jax:flash", "numpy:oracle") else [own]
 
 
 @shared_session()

@@ -98,15 +98,40 @@ def test_a_kill_during_a_call_is_one_line(worker):
     assert worker.call("twice", 2) == 4
 
 
-def test_an_interrupt_ends_it_so_that_no_late_answer_is_taken_for_another(worker):
-    pid = worker.call("pid")
-    main = threading.main_thread().ident
-    threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        worker.call("sleep", 60)
-    assert worker.call("twice", 2) == 4
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+INTERRUPTED = """
+import os, signal, threading
+from heedful_torch.worker import Worker
+
+worker = Worker("served")
+pid = worker.call("pid")
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    worker.call("sleep", 60)
+except KeyboardInterrupt:
+    print("interrupted")
+assert worker.call("twice", 2) == 4
+try:
+    os.kill(pid, 0)
+except ProcessLookupError:
+    print("gone")
+"""
+
+
+def in_a_process(code, folder):
+    path = os.pathsep.join([str(folder), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_an_interrupt_ends_it_so_that_no_late_answer_is_taken_for_another(made, tmp_path):
+    made()
+    assert in_a_process(INTERRUPTED, tmp_path) == "interrupted\ngone\n"
 
 
 @pytest.mark.parametrize(
@@ -127,15 +152,7 @@ def test_a_start_that_fails_says_why(made, loading, said):
 def test_it_ends_when_its_owner_does(made, tmp_path):
     made()
     code = "from heedful_torch.worker import Worker; print(Worker('served').call('pid'))"
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    pid = int(done.stdout)
+    pid = int(in_a_process(code, tmp_path))
     for _ in range(100):
         try:
             os.kill(pid, 0)

@@ -20,6 +20,7 @@ class TestOnnxRuntime(Contract, examples=60):
         "gradients",
         "sinks",
         "float64",
+        "float16",
         "bfloat16",
         "float32 bias",
     }
