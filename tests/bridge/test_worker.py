@@ -102,6 +102,7 @@ INTERRUPTED = """
 import os, signal, threading
 from heedful_torch.worker import Worker
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 worker = Worker("served")
 pid = worker.call("pid")
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
