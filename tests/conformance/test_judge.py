@@ -209,12 +209,21 @@ ENDING = """
 """
 
 
+INTERRUPTIBLE = """
+import signal
+from heedful_crosscheck.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+main()
+"""
+
+
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_what_is_known_when_a_run_is_ended_is_written(tmp_path, name, status):
     (tmp_path / "ending.py").write_text(textwrap.dedent(ENDING).replace("{signal}", name))
     command = "crosscheck --import ending --backend numpy:ending --cases positions --dtype float32"
     run = subprocess.run(
-        [sys.executable, "-c", "from heedful_crosscheck.cli import main; main()", *command.split()],
+        [sys.executable, "-c", INTERRUPTIBLE, *command.split()],
         cwd=tmp_path,
         capture_output=True,
         text=True,
