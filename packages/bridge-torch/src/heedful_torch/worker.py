@@ -167,7 +167,7 @@ def serve(load: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
             return
         try:
             answer = functions[name](*arguments)
-        except Exception as error:
+        except Exception as error:  # whatever it raises is the answer
             send("error", in_a_line(error))
         else:
             send("result", answer)

@@ -4,8 +4,6 @@ Its kernel returns a second tensor that is no LSE. To import zentorch is to regi
 torch.
 """
 
-import warnings
-from functools import cache
 from importlib.metadata import version
 from types import MappingProxyType
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.dispatch.registry import in_a_line
+from heedful.dispatch.packages import why_not_imported
 from heedful_torch.backends.kernel import (
     Arguments,
     Kernel,
@@ -51,17 +49,6 @@ KERNEL = Kernel(
 )
 
 
-@cache
-def _why_not_here() -> str | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of what it uses of torch
-            import zentorch  # type: ignore[import-not-found]  # noqa: F401
-    except BaseException as error:  # a package may even exit when it is imported
-        return f"zentorch cannot be imported: {in_a_line(error)}"
-    return None
-
-
 class Zentorch:
     """zentorch's SDPA. Memory grows with Sq + Sk, and with Sq · Sk for a mask."""
 
@@ -78,7 +65,7 @@ class Zentorch:
             reasons.append(
                 "in float16 its out is off by 0.2 %, eight times as far as plain attention's"
             )
-        return reasons or [why for why in [_why_not_here()] if why]
+        return reasons or [why for why in [why_not_imported("zentorch")] if why]
 
     def kernel(self, problem: Problem) -> str:
         return f"zentorch {version('zentorch')}"

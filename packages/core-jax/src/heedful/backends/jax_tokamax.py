@@ -5,7 +5,7 @@ the contract around it is `jax_nn`'s. "xla" and "xla_chunked" run everywhere; th
 and have not been run here yet.
 """
 
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Literal
@@ -15,18 +15,9 @@ from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.compiled import compiled
-from heedful.dispatch.registry import in_a_line
+from heedful.dispatch.packages import why_not_imported
 
 Implementation = Literal["xla", "xla_chunked", "triton", "mosaic", "cudnn"]
-
-
-@cache
-def _why_not_here() -> str | None:
-    try:
-        import tokamax  # type: ignore[import-not-found]  # noqa: F401
-    except BaseException as error:  # a package may even exit when it is imported
-        return f"tokamax cannot be imported: {in_a_line(error)}"
-    return None
 
 
 class TokamaxBackend:
@@ -49,7 +40,7 @@ class TokamaxBackend:
         if 0 in (problem.batch, problem.q_length, problem.kv_length):
             reasons.append("tokamax takes no empty arrays")
         reasons += jax_nn.half_limits("tokamax.dot_product_attention", problem)
-        return reasons or [why for why in [_why_not_here()] if why]
+        return reasons or [why for why in [why_not_imported("tokamax")] if why]
 
     def kernel(self, problem: Problem) -> str:
         return f"tokamax {version('tokamax')}, {self.implementation}"
@@ -61,7 +52,7 @@ class TokamaxBackend:
 
     @compiled(static=2)
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, None]:
-        import tokamax
+        import tokamax  # type: ignore[import-not-found]  # an extra
 
         seen = jax_nn.visibility(problem, operands)
         kernel = partial(

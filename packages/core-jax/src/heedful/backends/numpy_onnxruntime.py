@@ -1,6 +1,6 @@
 """`numpy:onnxruntime`: the operator Attention of ONNX, as ONNX Runtime computes it on a CPU."""
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -8,21 +8,11 @@ import numpy as np
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.dispatch.registry import in_a_line
+from heedful.dispatch.packages import why_not_imported
 from heedful.rules.place import Place
 from heedful.rules.visibility import FEATURES, hiding, of_key_heads, visible
 
 OPSET, IR_VERSION = 23, 10  # the first that has Attention, and the oldest file format that has it
-
-
-@cache
-def _why_not_here() -> str | None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # type: ignore[import-not-found]  # noqa: F401
-    except BaseException as error:  # a package may even exit when it is imported
-        return f"it needs onnxruntime, and onnx to write the model: {in_a_line(error)}"
-    return None
 
 
 class OnnxRuntimeBackend:
@@ -47,7 +37,7 @@ class OnnxRuntimeBackend:
             reasons.append(
                 f"a mask of ONNX has q's dtype, {problem.dtype}, not {problem.bias_dtype}"
             )
-        return reasons or [why for why in [_why_not_here()] if why]
+        return reasons or [why for why in [why_not_imported("onnx", "onnxruntime")] if why]
 
     def kernel(self, problem: Problem) -> str:
         return f"ONNX Runtime {version('onnxruntime')}, Attention of opset {OPSET}, CPU"
@@ -103,7 +93,7 @@ def _session(
 ) -> Any:
     """A session with one Attention, of any sizes."""
     import onnx
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-not-found]  # an extra
 
     def value(name: str, kind: str) -> Any:
         number = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))

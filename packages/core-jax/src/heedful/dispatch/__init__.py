@@ -2,6 +2,7 @@
 
 backend.py    what a backend, a bridge and a refusal are
 registry.py   which of them there are
+packages.py   what some of them need
 ambient.py    which are asked for around a call
 choice.py     what each says, who is chosen, and the run
 explain.py    the same in words

@@ -92,13 +92,14 @@ class Contract:
     cases: Sequence[Case] = CASES + FORMS
     strict = False
     pytestmark: Any
+    test_any_combination: Any
     __test__: bool
 
     def __init_subclass__(cls, examples: int = 10, needs_gpu: bool = False) -> None:
         """Says how many random combinations it is asked, and whether it runs by `-m gpu` alone."""
         super().__init_subclass__()
         of_random_rows = given(data=st.data())(_any_combination)
-        cls.test_any_combination = settings(  # type: ignore[attr-defined]
+        cls.test_any_combination = settings(
             max_examples=examples, phases=[Phase.generate], deadline=None
         )(of_random_rows)
         if not hasattr(cls, "backend"):  # what several have in common

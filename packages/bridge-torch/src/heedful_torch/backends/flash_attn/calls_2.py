@@ -18,7 +18,7 @@ NO_PROBABILITIES = False
 
 def forward(asked: Arguments) -> Results:
     """out and lse of (B, H, S, D) tensors."""
-    from flash_attn import flash_attn_interface  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_interface  # type: ignore[import-not-found]  # an extra
 
     q, k, v = (x.transpose(1, 2) for x in asked[:3])
     out, lse, _, _ = flash_attn_interface._flash_attn_forward(

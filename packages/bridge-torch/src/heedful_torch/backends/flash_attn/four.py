@@ -10,7 +10,7 @@ from heedful_torch.backends.kernel import Arguments, Kernel, Results
 
 
 def _forward(asked: Arguments) -> Results:
-    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]  # for GPUs
 
     q, k, v = (x.transpose(1, 2) for x in asked[:3])
     causal, left, right = window(asked.how, q, k)

@@ -30,7 +30,7 @@ def load() -> Mapping[str, Callable[..., Any]]:
     _check_versions()
     _mend_bfloat16()
     with _for_every_device():
-        import flash_attn  # type: ignore[import-not-found]  # noqa: F401
+        import flash_attn  # type: ignore[import-not-found]  # noqa: F401  # an extra, imported to be patched
 
     from heedful_torch.backends.flash_attn import calls_2
 
@@ -62,8 +62,8 @@ def _for_every_device() -> Iterator[None]:
 
 
 def _mend_bfloat16() -> None:
-    import triton.language as tl  # type: ignore[import-not-found]
-    from triton.runtime.interpreter import (  # type: ignore[import-not-found]
+    import triton.language as tl  # type: ignore[import-not-found]  # an extra
+    from triton.runtime.interpreter import (  # type: ignore[import-not-found]  # an extra
         InterpreterBuilder,
         TensorHandle,
     )

@@ -2,29 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import import_module
 
 from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
+from heedful.dispatch.packages import why_not_imported
 from heedful.dispatch.registry import in_a_line
 from heedful_torch.backends.kernel import How, Kernel, attend, cuda_limits, limits
 
 TAKES = frozenset(
     {"causal", "window", "q_offset", "scale", "softcap", "grouped_heads", "value_dim", "return_lse"}
 )
-
-
-@cache
-def _why_not_here(backend: "FlashAttnOnCuda") -> str | None:
-    try:
-        backend.version()
-        import_module(backend.module)
-    except BaseException as error:  # a package may even exit when it is imported
-        return f"{backend.module} cannot be imported: {in_a_line(error)}"
-    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +43,16 @@ class FlashAttnOnCuda:
     def reasons(self, problem: Problem) -> list[str]:
         reasons = cuda_limits(problem, ("float16", "bfloat16"), self.capability)
         reasons += limits(self.kernel_of_it, problem, self.takes)
-        if why := _why_not_here(self):
+        if why := self._why_not_installed() or why_not_imported(self.module):
             reasons.append(why)
         return reasons
+
+    def _why_not_installed(self) -> str | None:
+        try:
+            self.version()
+        except (ImportError, AttributeError) as missing:
+            return f"{self.module} cannot be imported: {in_a_line(missing)}"
+        return None
 
     def kernel(self, problem: Problem) -> str:
         return f"{self.version()}, CUDA kernels"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.dispatch.registry import in_a_line
+from heedful.dispatch.packages import why_not_imported
 from heedful_torch.backends.flash_attn import calls_2
 from heedful_torch.backends.kernel import (
     Arguments,
@@ -65,16 +65,6 @@ INTERPRETED = _alike(forward=_interpreted_forward, backward=_interpreted_backwar
 
 
 @cache
-def _why_not_imported() -> str | None:
-    """Why the package cannot be imported here, for its CUDA kernels."""
-    try:
-        import flash_attn  # type: ignore[import-not-found]  # noqa: F401
-    except BaseException as error:  # a package may even exit when it is imported
-        return f"flash_attn cannot be imported: {in_a_line(error)}"
-    return None
-
-
-@cache
 def _why_not_interpreted() -> str | None:
     """Why its Triton kernels cannot be interpreted here; the process that does it starts."""
     if find_spec("triton") is None:
@@ -119,7 +109,7 @@ class FlashAttn2:
             reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(
                 CUDA, problem, self.takes
             )
-            return reasons or list(filter(None, [_why_not_imported()]))
+            return reasons or list(filter(None, [why_not_imported("flash_attn")]))
         reasons = limits(INTERPRETED, problem, self.takes)
         if problem.dtype == "float64":
             reasons.append("these kernels take float32, float16 and bfloat16, not float64")
