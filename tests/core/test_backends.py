@@ -1,8 +1,11 @@
 """Every backend of the core package through the contract, called with JAX and with NumPy arrays."""
 
+import sys
+
 import jax
 import pytest
 
+from heedful import attention
 from heedful_crosscheck.callers import QUICKLY, JaxCaller, NumpyCaller
 from heedful_crosscheck.contract import REQUIRED, Contract
 from heedful_crosscheck.contract.cases import CASES, EVERYTHING, ONE_OF_EACH_GROUP
@@ -68,6 +71,14 @@ class Tokamax(Contract):
 
 class TestTokamaxXla(Tokamax, examples=5):
     backend = "jax:tokamax-xla"
+
+    def test_a_programs_own_options_are_not_tokamaxs(self, monkeypatch):
+        from absl import flags
+
+        monkeypatch.setattr(sys, "argv", ["program", "-q", "--of-its-own"])
+        flags.FLAGS.unparse_flags()
+        q = jax.numpy.ones((1, 1, 3, 8))
+        assert attention(q, q, q, backend=self.backend).shape == q.shape
 
 
 class TestTokamaxXlaChunked(Tokamax, examples=5):

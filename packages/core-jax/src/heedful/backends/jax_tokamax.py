@@ -5,6 +5,7 @@ the contract around it is `jax_nn`'s. "xla" and "xla_chunked" run everywhere; th
 and have not been run here yet.
 """
 
+import sys
 from functools import partial
 from importlib.metadata import version
 from types import MappingProxyType
@@ -53,6 +54,12 @@ class TokamaxBackend:
     @compiled(static=2)
     def run(self, problem: Problem, operands: Operands) -> tuple[Array, None]:
         import tokamax  # type: ignore[import-not-found]  # an extra
+        from absl import flags  # type: ignore[import-not-found]  # comes with it
+
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # tokamax itself would take the program's own options for its
+            flags.FLAGS(sys.argv, known_only=True)
 
         seen = jax_nn.visibility(problem, operands)
         kernel = partial(
