@@ -1,6 +1,6 @@
 """tokamax takes a program's own options for its flags, and the program ends.
 
-    python tokamax_reads_argv.py --an-option-of-the-program
+python tokamax_reads_argv.py --an-option-of-the-program
 """
 
 import jax.numpy as jnp

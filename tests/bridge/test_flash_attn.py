@@ -351,7 +351,7 @@ def newer_played(monkeypatch):
 @pytest.mark.parametrize("backend", [three.backend, four.backend], ids=lambda b: b.name)
 def test_newer_generations_are_told_what_is_asked(backend, options, lengths):
     with_lse = "return_lse" in backend.takes
-    agrees_with_the_reference(backend.kernel_of_it, backend.takes, options, lengths, with_lse)
+    agrees_with_the_reference(backend.cuda, backend.takes, options, lengths, with_lse)
 
 
 @pytest.mark.parametrize(

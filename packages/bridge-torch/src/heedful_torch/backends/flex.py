@@ -20,10 +20,8 @@ from heedful_torch.backends.kernel import (
     attend,
     attend_forward,
     limits,
-    of_nothing,
     score_bytes,
 )
-from heedful_torch.function import has_no_data, refuse_recording
 
 NO_BACKWARD = "FlexAttention has no backward pass on a CPU"
 
@@ -31,9 +29,6 @@ NO_BACKWARD = "FlexAttention has no backward pass on a CPU"
 def _forward(asked: Arguments) -> Results:
     q, k, v, additive, how = asked
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if has_no_data(q) or not (q.numel() and k.numel()):
-        return of_nothing(asked)
-    refuse_recording(FlexAttention.name)
     batch, heads, q_length, _ = q.shape
 
     def added(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -85,6 +80,7 @@ KERNEL = Kernel(
     masks="accumulator",
     windows="any",
     grouped=True,
+    opaque="torch:flex",
 )
 
 

@@ -40,8 +40,10 @@ from heedful_torch.backends.score_mask import Span, additive_shape, score_mask, 
 from heedful_torch.function import (
     FirstOrder,
     Function,
+    has_no_data,
     no_forward_mode,
     outside_compilation,
+    refuse_recording,
     without_gradient,
 )
 from heedful_torch.outside_autocast import no_autocast
@@ -115,6 +117,8 @@ class Kernel:
         equal_head_sizes: whether V must have the head size of Q and K.
         grouped: whether K and V may have fewer heads than Q.
         largest_head: the largest head size, padding included.
+        opaque: the backend's name, where torch knows nothing of the operators: what has no data is not
+            handed to them, and no graph can hold them; None where they are torch's own.
         widened: head sizes above the first of these two, up to the second, are padded to the second.
     """
 
@@ -129,6 +133,7 @@ class Kernel:
     grouped: bool = False
     largest_head: int | None = None
     widened: tuple[int, int] = (0, 0)
+    opaque: str | None = None
 
     def padded(self, size: int) -> int:
         """The head size that the kernel is given for a head size of the problem."""
@@ -326,7 +331,7 @@ def _on_padded_heads(kernel: Kernel, asked: Arguments) -> Results:
     asked = asked._replace(q=q, k=k, v=v)
     lse: Tensor | None
     if kernel.backward is None:
-        out, lse, _ = kernel.forward(asked)
+        out, lse, _ = _forward(kernel, asked) if kernel.opaque else kernel.forward(asked)
     else:
         out, lse, *_ = _Fused.apply(kernel, *asked)
     return Results(out[..., :value_dim], lse)
@@ -358,7 +363,7 @@ class _Fused(Function):
     @staticmethod
     def forward(kernel: Kernel, *arguments: Any) -> tuple[Tensor, ...]:
         """out, lse, and one by one what else the backward pass needs."""
-        out, lse, kept = _fused_forward(kernel, Arguments(*arguments))
+        out, lse, kept = _forward(kernel, Arguments(*arguments))
         assert lse is not None  # only a kernel without a backward operator of its own has none
         return out, lse, *kept
 
@@ -424,14 +429,14 @@ class _FusedPullBack(FirstOrder):
         return (*of_qkv, dmask), dims
 
 
-def _fused_forward(kernel: Kernel, asked: Arguments) -> Results:
+def _forward(kernel: Kernel, asked: Arguments) -> Results:
     """out, lse, and what the backward pass needs besides."""
-    return kernel.forward(asked) if asked.q.numel() and asked.k.numel() else of_nothing(asked)
-
-
-def of_nothing(asked: Arguments) -> Results:
-    """What there is where no row sees a key, or there is no row."""
-    q, _, v, *_ = asked
+    q, k, v, *_ = asked
+    if q.numel() and k.numel() and not (kernel.opaque and has_no_data(q)):
+        if kernel.opaque:
+            refuse_recording(kernel.opaque)
+        return kernel.forward(asked)
+    # No row sees a key, or there is no row, or only the shapes are asked for.
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     return Results(out, q.new_full(q.shape[:-1], -torch.inf, dtype=accumulator))
@@ -445,9 +450,9 @@ def _fused_backward(
     dlse: Tensor | None,
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and, where it is wanted, dmask; of what `_fused_forward` took and gave."""
+    """dq, dk, dv and, where it is wanted, dmask; of what `_forward` took and gave."""
     (q, k, v, mask, how), (out, lse, kept) = asked, results
-    if not (q.numel() and k.numel()):
+    if not (q.numel() and k.numel()) or (kernel.opaque and has_no_data(q)):
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         return dq, dk, dv, None if mask is None else torch.zeros_like(mask)
     assert kernel.backward is not None and lse is not None

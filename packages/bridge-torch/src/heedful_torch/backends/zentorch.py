@@ -19,18 +19,13 @@ from heedful_torch.backends.kernel import (
     Results,
     attend_forward,
     limits,
-    of_nothing,
     score_bytes,
 )
 from heedful_torch.backends.sdpa import LACKS, TAKES
-from heedful_torch.function import has_no_data, refuse_recording
 
 
 def _forward(asked: Arguments) -> Results:
     q, k, v, mask, how = asked
-    if has_no_data(q) or not (q.numel() and k.numel()):
-        return of_nothing(asked)
-    refuse_recording(Zentorch.name)
     if mask is not None:  # it reads the keys' axis one after the other
         mask = mask.expand(*mask.shape[:3], k.shape[2]).contiguous()
     sdpa = torch.ops.zentorch.zentorch_sdpa
@@ -46,6 +41,7 @@ KERNEL = Kernel(
     alignment=8,  # it fails on heads of one number, whose stride is anything
     equal_head_sizes=True,
     grouped=True,
+    opaque="torch:zentorch",
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful_torch.backends.flash_attn import window
 from heedful_torch.backends.kernel import Arguments, How, Results
 
 NO_DROPOUT = 0.0
@@ -49,12 +50,7 @@ def backward(
 
 
 def _told(how: How, q: Tensor, k: Tensor) -> tuple[Any, ...]:
-    """softmax_scale, causal, window_size_left, window_size_right and softcap, −1 and 0.0 being none.
-
-    Windows are as the contract's, on a diagonal that ends in the lower right corner.
-    """
-    corner = k.shape[1] - q.shape[1]
-    left = -1 if how.below is None else corner - how.below
-    right = -1 if how.above is None else how.above - corner
-    causal = right == 0
-    return how.scale, causal, left, -1 if causal and left < 0 else right, how.softcap or 0.0
+    """softmax_scale, causal, window_size_left, window_size_right and softcap, −1 and 0.0 being none."""
+    causal, *sides = window(how, q, k)
+    left, right = (-1 if side is None else side for side in sides)
+    return how.scale, causal, left, right, how.softcap or 0.0

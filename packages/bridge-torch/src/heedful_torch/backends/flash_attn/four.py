@@ -5,8 +5,9 @@ Its LSE is differentiable where it is asked for. Written against 4.0.0b36; it ha
 
 from importlib.metadata import version
 
-from heedful_torch.backends.flash_attn.on_cuda import FlashAttnOnCuda, window
-from heedful_torch.backends.kernel import Arguments, Kernel, Results
+from heedful_torch.backends.flash_attn import flash_attn_kernel, window
+from heedful_torch.backends.flash_attn.on_cuda import FlashAttnOnCuda
+from heedful_torch.backends.kernel import Arguments, Results
 
 
 def _forward(asked: Arguments) -> Results:
@@ -31,15 +32,10 @@ backend = FlashAttnOnCuda(
     name="torch:flash-attn-4",
     module="flash_attn.cute",
     version=lambda: f"flash-attn-4 {version('flash-attn-4')}",
-    kernel_of_it=Kernel(
+    cuda=flash_attn_kernel(
         forward=_forward,
         backward=None,
-        flag="lower right",
         windows="around",
-        masks=None,
-        alignment=8,
-        equal_head_sizes=True,
-        grouped=True,
         largest_head=128,  # of Blackwell, where 256 has a kernel of its own
     ),
     capability=(9, 0),

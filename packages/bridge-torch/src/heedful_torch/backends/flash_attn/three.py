@@ -6,8 +6,9 @@ its signature; it has not been run here yet.
 
 from typing import Any
 
-from heedful_torch.backends.flash_attn.on_cuda import TAKES, FlashAttnOnCuda, window
-from heedful_torch.backends.kernel import Arguments, Kernel, Results
+from heedful_torch.backends.flash_attn import TAKES, flash_attn_kernel, window
+from heedful_torch.backends.flash_attn.on_cuda import FlashAttnOnCuda
+from heedful_torch.backends.kernel import Arguments, Results
 
 
 def _forward(asked: Arguments) -> Results:
@@ -38,15 +39,10 @@ backend = FlashAttnOnCuda(
     name="torch:flash-attn-3",
     module="flash_attn_interface",
     version=_version,
-    kernel_of_it=Kernel(
+    cuda=flash_attn_kernel(
         forward=_forward,
         backward=None,
-        flag="lower right",
         windows="around",
-        masks=None,
-        alignment=8,
-        equal_head_sizes=True,
-        grouped=True,
         largest_head=256,
     ),
     capability=(9, 0),

@@ -4,7 +4,7 @@ On a CPU the Triton kernels run interpreted, in a process of their own, slowly: 
 compared with. The CUDA kernels have not been run here yet.
 """
 
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -14,16 +14,14 @@ from torch import Tensor
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.dispatch.packages import why_not_imported
-from heedful_torch.backends.flash_attn import calls_2
+from heedful_torch.backends.flash_attn import TAKES, calls_2, flash_attn_kernel
 from heedful_torch.backends.kernel import (
     Arguments,
-    Kernel,
     Results,
     attend,
     cuda_limits,
     limits,
 )
-from heedful_torch.function import has_no_data, refuse_recording
 from heedful_torch.worker import Worker, WorkerError
 
 PACKAGE = "flash-attn"
@@ -31,10 +29,6 @@ _worker = Worker("heedful_torch.backends.flash_attn.interpreted_2")
 
 
 def _interpreted_forward(asked: Arguments) -> Results:
-    if has_no_data(asked.q):
-        lse = asked.q.new_empty(asked.q.shape[:3], dtype=torch.float32)
-        return Results(torch.empty_like(asked.q), lse)
-    refuse_recording(FlashAttn2.name)
     found: Results = _worker.call("forward", asked)
     return found
 
@@ -42,26 +36,21 @@ def _interpreted_forward(asked: Arguments) -> Results:
 def _interpreted_backward(
     dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    if has_no_data(dout):
-        dq, dk, dv = map(torch.empty_like, asked[:3])
-        return dq, dk, dv, None
     found: tuple[Tensor, Tensor, Tensor, None] = _worker.call(
         "backward", dout, asked, results, mask_wanted
     )
     return found
 
 
-_alike = partial(
-    Kernel,
-    flag="lower right",
-    masks=None,
-    alignment=8,
-    equal_head_sizes=True,
-    grouped=True,
-    largest_head=256,
+CUDA = flash_attn_kernel(
+    forward=calls_2.forward, backward=calls_2.backward, windows="around", largest_head=256
 )
-CUDA = _alike(forward=calls_2.forward, backward=calls_2.backward, windows="around")
-INTERPRETED = _alike(forward=_interpreted_forward, backward=_interpreted_backward)
+INTERPRETED = flash_attn_kernel(
+    forward=_interpreted_forward,
+    backward=_interpreted_backward,
+    largest_head=256,
+    opaque="torch:flash-attn-2",
+)
 
 
 @cache
@@ -82,18 +71,7 @@ class FlashAttn2:
     name = "torch:flash-attn-2"
     automatic = None
     largest = 2**20
-    takes = frozenset(
-        {
-            "causal",
-            "window",
-            "q_offset",
-            "scale",
-            "softcap",
-            "grouped_heads",
-            "value_dim",
-            "return_lse",
-        }
-    )
+    takes = TAKES
 
     @property
     def deterministic(self) -> bool:
