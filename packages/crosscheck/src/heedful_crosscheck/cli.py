@@ -20,6 +20,25 @@ AGREE, DISAGREE, COULD_NOT_RUN = 0, 1, 2
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+Backends = Annotated[
+    list[str] | None, typer.Option(help="A backend's name; repeat for more. All by default.")
+]
+Cases = Annotated[
+    list[str] | None,
+    typer.Option(help="A case or a group, * and ? allowed; repeat for more. All by default."),
+]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(help="float64, float32, float16 or bfloat16; by default each case's own."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of generated inputs and cotangents.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Count lossy as disagreement (status 1).")]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Imported first: one that registers."),
+]
+
+
 @app.callback()
 def _heedful() -> None:
     """One attention call, any array, any backend, and proof that they agree."""
@@ -27,17 +46,9 @@ def _heedful() -> None:
 
 @app.command()
 def crosscheck(
-    backend: Annotated[
-        list[str] | None, typer.Option(help="A backend's name; repeat for more. All by default.")
-    ] = None,
-    cases: Annotated[
-        list[str] | None,
-        typer.Option(help="A case or a group, * and ? allowed; repeat for more. All by default."),
-    ] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="float64, float32, float16 or bfloat16; by default each case's own."),
-    ] = None,
+    backend: Backends = None,
+    cases: Cases = None,
+    dtype: Dtypes = None,
     input_file: Annotated[
         Path | None,
         typer.Option(
@@ -50,20 +61,15 @@ def crosscheck(
     json_path: Annotated[
         Path, typer.Option("--json", metavar="PATH", help="Where the report goes as JSON.")
     ] = Path("crosscheck.json"),
-    seed: Annotated[int, typer.Option(min=0, help="Of generated inputs and cotangents.")] = 0,
+    seed: Seed = 0,
     quick: Annotated[
         bool,
         typer.Option(
             "--quick", help="Fewer cases: every value of every factor and most pairs, in 2 minutes."
         ),
     ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Count lossy as disagreement (status 1).")
-    ] = False,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Imported first: one that registers."),
-    ] = None,
+    strict: Strict = False,
+    imports: Imports = None,
 ) -> None:
     """Run every backend against a float64 oracle: outputs, log-sum-exp and gradients.
 
@@ -127,19 +133,10 @@ def crosscheck(
 def record(
     file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Where they go.")],
     backend: Annotated[str, typer.Option(help="Whose answers.")],
-    cases: Annotated[
-        list[str] | None,
-        typer.Option(help="A case or a group, * and ? allowed; repeat for more. All by default."),
-    ] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="float64, float32, float16 or bfloat16; by default each case's own."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of generated inputs and cotangents.")] = 0,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Imported first: one that registers."),
-    ] = None,
+    cases: Cases = None,
+    dtype: Dtypes = None,
+    seed: Seed = 0,
+    imports: Imports = None,
 ) -> None:
     """Keep what a backend answers on this machine: outputs, log-sum-exp and gradients.
 
@@ -165,16 +162,9 @@ def record(
 @app.command()
 def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Of `heedful record`.")],
-    backend: Annotated[
-        list[str] | None, typer.Option(help="A backend's name; repeat for more. All by default.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Count lossy as disagreement (status 1).")
-    ] = False,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Imported first: one that registers."),
-    ] = None,
+    backend: Backends = None,
+    strict: Strict = False,
+    imports: Imports = None,
 ) -> None:
     """Judge a record by the oracle, and the backends here by the record.
 

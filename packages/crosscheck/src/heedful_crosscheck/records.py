@@ -21,7 +21,7 @@ from heedful.dispatch.registry import in_a_line
 from heedful_crosscheck.ask import Refused, ask, float64_where_asked, kernel_of
 from heedful_crosscheck.cases import Case, InputError, Inputs, everything
 from heedful_crosscheck.question import Question
-from heedful_crosscheck.run import Failure, Outcome, dtypes_of
+from heedful_crosscheck.run import Outcome, concluded, dtypes_of, judge_by
 from heedful_crosscheck.tolerance import Standard
 from heedful_crosscheck.yardstick import Tensors
 
@@ -182,7 +182,6 @@ def replay(found: Record, backends: Sequence[str]) -> list[Outcome]:
 def _asked(
     backend: str, question: Question, standards: dict[str, Standard], with_lse: bool
 ) -> Outcome:
-    facts = backend, question.case.name, question.case.group, question.dtype
     lacking: dict[str, tuple[str, ...]] = {}
     started = time.perf_counter()
     try:
@@ -199,46 +198,22 @@ def _asked(
         seconds, kernel = time.perf_counter() - started, kernel_of(backend, question)
         return replace(found, lacking=lacking, seconds=seconds, kernel=kernel)
     except Refused as refusal:
-        return Outcome(*facts, reasons=refusal.reasons)
+        return replace(_blank(backend, question), reasons=refusal.reasons)
     except Exception as error:  # whatever a backend raises, the others are judged
-        said = f"raised {in_a_line(error)}"
-        return Outcome(*facts, failures=(_failure(backend, question, None, said),))
+        return concluded(
+            _blank(backend, question), question, [(None, f"raised {in_a_line(error)}")]
+        )
 
 
 def _judged(
     name: str, question: Question, standards: dict[str, Standard], answer: Tensors
 ) -> Outcome:
-    case, dtype = question.case, question.dtype
-    if misshapen := question.misshapen(answer):
-        failures = tuple(_failure(name, question, tensor, said) for tensor, said in misshapen)
-        return Outcome(name, case.name, case.group, dtype, failures=failures)
-    judgements = {
-        tensor: standards[tensor].judge(got)
-        for tensor, got in question.canonical(answer).items()
-        if tensor in standards
-    }
-    failures, losses = (
-        tuple(
-            _failure(name, question, tensor, said)
-            for tensor, judgement in judgements.items()
-            for said in getattr(judgement, kind)
-        )
-        for kind in ("faults", "losses")
-    )
-    return Outcome(
-        name,
-        case.name,
-        case.group,
-        dtype,
-        judgements=judgements,
-        failures=failures,
-        losses=losses,
-    )
+    judgements, faults = judge_by(standards, question, answer)
+    return concluded(replace(_blank(name, question), judgements=judgements), question, faults)
 
 
-def _failure(name: str, question: Question, tensor: str | None, said: str) -> Failure:
-    case = question.case
-    return Failure(name, case.name, question.dtype, tensor, said, case.description)
+def _blank(name: str, question: Question) -> Outcome:
+    return Outcome(name, question.case.name, question.case.group, question.dtype)
 
 
 def _hash(inputs: Inputs) -> str:

@@ -33,7 +33,7 @@ from heedful_crosscheck.callers import caller_of
 from heedful_crosscheck.cases import Case, InputError
 from heedful_crosscheck.question import Question
 from heedful_crosscheck.second import directions, is_refusal, judge_second, right
-from heedful_crosscheck.tolerance import Judgement
+from heedful_crosscheck.tolerance import Judgement, Standard
 from heedful_crosscheck.yardstick import Tensors
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -259,10 +259,17 @@ def outcome(name: str, question: Question) -> Outcome:
             raise
         tensor = error.tensor if isinstance(error, WrongResult) else None
         faults = [(tensor, f"raised {in_a_line(error)}")]
+    return concluded(result, question, faults)
+
+
+def concluded(result: Outcome, question: Question, faults: Sequence[Fault]) -> Outcome:
+    """An outcome with what is wrong, and what its judgements lost."""
     losses = [(t, said) for t, found in result.judgements.items() for said in found.losses]
     failures, lost = (
         tuple(
-            Failure(name, case.name, dtype, tensor, said, case.description)
+            Failure(
+                result.backend, result.case, result.dtype, tensor, said, question.case.description
+            )
             for tensor, said in found
         )
         for found in (faults, losses)
@@ -289,12 +296,20 @@ def _first_answer(name: str, question: Question) -> tuple[bool, tuple[str, ...],
 def judge_all(
     question: Question, answer: Tensors, with_lse: bool
 ) -> tuple[dict[str, Judgement], list[Fault]]:
-    """Judges every tensor of an answer."""
+    """Judges every tensor of an answer by the oracle."""
+    return judge_by(question.standards(with_lse), question, answer)
+
+
+def judge_by(
+    standards: Mapping[str, Standard], question: Question, answer: Tensors
+) -> tuple[dict[str, Judgement], list[Fault]]:
+    """Judges those tensors of an answer that there is a standard of."""
     if misshapen := question.misshapen(answer):
         return {}, list(misshapen)
-    standards = question.standards(with_lse)
     judgements = {
-        tensor: standards[tensor].judge(got) for tensor, got in question.canonical(answer).items()
+        tensor: standards[tensor].judge(got)
+        for tensor, got in question.canonical(answer).items()
+        if tensor in standards
     }
     return judgements, [
         (t, fault) for t, judgement in judgements.items() for fault in judgement.faults
