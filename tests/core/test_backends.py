@@ -45,12 +45,16 @@ class TestFlash(Contract):
     strict = True
 
 
-def promoting():
-    """Half dtypes, which jax.nn's attention promotes: where JAX is strict they are refused."""
-    return jax.numpy_dtype_promotion("standard")
+class Promoting(Contract):
+    """Where JAX is strict, what promotes half dtypes refuses them."""
+
+    @pytest.fixture(autouse=True)
+    def lenient(self):
+        with jax.numpy_dtype_promotion("standard"):
+            yield
 
 
-class Tokamax(Contract):
+class Tokamax(Promoting):
     caller = JaxCaller()  # hardly optimised, XLA gives the bias of xla_chunked a gradient of NaN
     cases = ONE_OF_EACH_GROUP  # which takes time
     accepts = EVERYTHING - {
@@ -62,11 +66,6 @@ class Tokamax(Contract):
         "float32 bias",
         "no rows",
     }
-
-    @pytest.fixture(autouse=True)
-    def lenient(self):
-        with promoting():
-            yield
 
 
 class TestTokamaxXla(Tokamax, examples=5):
@@ -100,7 +99,7 @@ class TestTokamaxCudnn(Tokamax, needs_gpu=True):
     accepts = frozenset({"gradients"})
 
 
-class TestNnXla(Contract):
+class TestNnXla(Promoting):
     backend = "jax:nn-xla"
     cases = COMPILED
     accepts = EVERYTHING - {
@@ -113,11 +112,6 @@ class TestNnXla(Contract):
         "float16",
         "float32 bias",
     }
-
-    @pytest.fixture(autouse=True)
-    def lenient(self):
-        with promoting():
-            yield
 
 
 class TestNnCudnn(Contract, needs_gpu=True):
@@ -137,7 +131,12 @@ class TestFlashFromNumpy(Contract, examples=3):
     cases = ONE_OF_EACH_GROUP
 
 
+def every_contract(contract):
+    for of_it in contract.__subclasses__():
+        yield of_it
+        yield from every_contract(of_it)
+
+
 def test_every_required_backend_is_tested():
     required = {name for name in REQUIRED or () if not name.startswith("torch:")}
-    contracts = [*Contract.__subclasses__(), *Tokamax.__subclasses__()]
-    assert required <= {getattr(contract, "backend", None) for contract in contracts}
+    assert required <= {getattr(contract, "backend", None) for contract in every_contract(Contract)}

@@ -39,19 +39,14 @@ def framework(backend: str) -> str:
     return backend.partition(":")[0]
 
 
-def kernel_of(backend: str, question: Question) -> str:
-    """What computes the answer, in the backend's words; "" where it says no more than its name."""
-    if not hasattr(instance := heedful.backends()[backend], "kernel"):
-        return ""
-    return str(instance.kernel(Asked(backend, question, question.inputs, False).problem))
-
-
-def why_no_gradients(backend: str, question: Question) -> str | None:
-    """Why a backend answers with out and LSE alone; None where it differentiates."""
-    if not hasattr(instance := heedful.backends()[backend], "forward_only"):
-        return None
-    problem = Asked(backend, question, question.inputs, False).problem
-    return dispatch.why_forward_only(instance, problem)
+def about(backend: str, question: Question) -> tuple[str, str | None]:
+    """What computes the answer, in the backend's words, and why it has no gradients, if it has none."""
+    instance = heedful.backends()[backend]
+    if not (hasattr(instance, "kernel") or hasattr(instance, "forward_only")):
+        return "", None
+    problem = Asked(backend, question, question.inputs, with_lse=False).problem
+    kernel = str(instance.kernel(problem)) if hasattr(instance, "kernel") else ""
+    return kernel, dispatch.why_forward_only(instance, problem)
 
 
 def why_left_out(backend: str, problem: Problem) -> str | None:

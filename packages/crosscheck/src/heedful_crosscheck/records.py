@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from heedful.dispatch.registry import in_a_line
-from heedful_crosscheck.ask import Refused, ask, float64_where_asked, kernel_of
+from heedful_crosscheck.ask import Refused, about, ask, float64_where_asked
 from heedful_crosscheck.cases import Case, InputError, Inputs, everything
 from heedful_crosscheck.question import Question
 from heedful_crosscheck.run import Outcome, concluded, dtypes_of, judge_by
@@ -89,7 +89,7 @@ def record(
                 except Refused as refusal:
                     reasons |= dict.fromkeys(refusal.reasons)
                     continue
-                kernel = kernel_of(backend, question)
+                kernel = about(backend, question)[0]
                 runs.append(Run(case.name, dtype, _hash(question.inputs), with_lse, answer))
                 break
     if not runs:
@@ -195,7 +195,7 @@ def _asked(
                 lacking["LSE"] = refusal.reasons
                 standards = {"out": standards["out"]}  # gradients were recorded with LSE's
         found = _judged(backend, question, standards, answer)
-        seconds, kernel = time.perf_counter() - started, kernel_of(backend, question)
+        seconds, kernel = time.perf_counter() - started, about(backend, question)[0]
         return replace(found, lacking=lacking, seconds=seconds, kernel=kernel)
     except Refused as refusal:
         return replace(_blank(backend, question), reasons=refusal.reasons)

@@ -22,12 +22,11 @@ from heedful.dispatch.registry import in_a_line
 from heedful.results import WrongResult
 from heedful_crosscheck.ask import (
     Refused,
+    about,
     ask,
     ask_second,
     float64_where_asked,
     framework,
-    kernel_of,
-    why_no_gradients,
 )
 from heedful_crosscheck.callers import caller_of
 from heedful_crosscheck.cases import Case, InputError
@@ -229,9 +228,9 @@ def outcome(name: str, question: Question) -> Outcome:
             with_lse, lse_reasons, answer = _first_answer(name, question)
             seconds = time.perf_counter() - started
             lacking = {"LSE": lse_reasons} if lse_reasons else {}
-            if why := why_no_gradients(name, question):
-                lacking["gradients"] = (why,)
-            kernel = kernel_of(name, question)
+            kernel, why_no_gradients = about(name, question)
+            if why_no_gradients:
+                lacking["gradients"] = (why_no_gradients,)
             result = replace(result, lacking=lacking, seconds=seconds, kernel=kernel)
             asked = question
             judgements, faults = judge_all(question, answer, with_lse)
