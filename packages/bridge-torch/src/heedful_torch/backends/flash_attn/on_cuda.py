@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
 
 from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.dispatch.packages import why_not_imported
-from heedful.dispatch.registry import in_a_line
 from heedful_torch.backends.flash_attn import TAKES
 from heedful_torch.backends.kernel import Kernel, attend, cuda_limits, limits
 
@@ -40,15 +40,15 @@ class FlashAttnOnCuda:
     def reasons(self, problem: Problem) -> list[str]:
         reasons = cuda_limits(problem, ("float16", "bfloat16"), self.capability)
         reasons += limits(self.cuda, problem, self.takes)
-        if why := self._why_not_installed() or why_not_imported(self.module):
+        if why := why_not_imported(self.module) or self._why_not_installed():
             reasons.append(why)
         return reasons
 
     def _why_not_installed(self) -> str | None:
-        try:
+        try:  # flash-attn 2 has a folder of the name of 4's
             self.version()
-        except (ImportError, AttributeError) as missing:
-            return f"{self.module} cannot be imported: {in_a_line(missing)}"
+        except PackageNotFoundError as missing:
+            return f"{self.module} is of another package: {missing}"
         return None
 
     def kernel(self, problem: Problem) -> str:

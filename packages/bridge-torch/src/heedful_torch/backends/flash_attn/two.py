@@ -84,9 +84,8 @@ class FlashAttn2:
         except PackageNotFoundError:
             return [f"{PACKAGE} is not installed"]
         if problem.platform == "gpu":
-            reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0)) + limits(
-                CUDA, problem, self.takes
-            )
+            reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0))
+            reasons += limits(CUDA, problem, self.takes)
             return reasons or list(filter(None, [why_not_imported("flash_attn")]))
         reasons = limits(INTERPRETED, problem, self.takes)
         if problem.dtype == "float64":
