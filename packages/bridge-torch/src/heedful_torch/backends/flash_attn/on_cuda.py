@@ -40,9 +40,10 @@ class FlashAttnOnCuda:
     def reasons(self, problem: Problem) -> list[str]:
         reasons = cuda_limits(problem, ("float16", "bfloat16"), self.capability)
         reasons += limits(self.cuda, problem, self.takes)
-        if why := why_not_imported(self.module) or self._why_not_installed():
-            reasons.append(why)
-        return reasons
+        # What cannot run here is not imported here either: a broken package may abort.
+        return reasons or list(
+            filter(None, [why_not_imported(self.module) or self._why_not_installed()])
+        )
 
     def _why_not_installed(self) -> str | None:
         try:  # flash-attn 2 has a folder of the name of 4's
