@@ -1,5 +1,7 @@
 """Torch's backends through the contract, and every crossing between torch, JAX and NumPy."""
 
+import pytest
+
 from heedful_crosscheck.callers import QUICKLY, JaxCaller, NumpyCaller
 from heedful_crosscheck.contract import REQUIRED, Contract
 from heedful_crosscheck.contract.cases import EVERYTHING, ONE_OF_EACH_GROUP
@@ -32,6 +34,16 @@ class TestFlex(Contract, examples=10):
     backend = "torch:flex"
     caller = TorchCaller(on_gpu=False)
     accepts = EVERYTHING - {"gradients", "sinks"}
+
+
+class TestFlexCompiled(Contract, examples=1):
+    backend = "torch:flex-compiled"
+    caller = TorchCaller(on_gpu=False)
+    accepts = TestFlex.accepts - {"lse", "float64"}
+    # torch.compile's own use of torch.jit
+    pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+    # Each is compiled, which takes seconds.
+    cases = tuple(case for case in ONE_OF_EACH_GROUP if case.group in ("together", "bfloat16"))
 
 
 class TestZentorch(Contract, examples=30):

@@ -305,6 +305,29 @@ def test_what_a_backend_sets_for_the_process_is_set_back(registered, tmp_path):
     assert settings() == before
 
 
+def test_who_says_so_is_asked_by_name_alone(registered):
+    class Slow:
+        name = "numpy:slow"
+        unasked = "it takes a year"
+        takes = FEATURES | {"grouped_heads", "return_lse", "value_dim"}
+
+        def reasons(self, problem):
+            return ()
+
+        def run(self, problem, operands):
+            return heedful.backends()["numpy:oracle"].run(problem, operands)
+
+        def gradients(self, *asked):
+            return heedful.backends()["numpy:oracle"].gradients(*asked)
+
+    name = registered(Slow())
+    report = crosscheck(None, ["causal"], ["float32"])
+    said = {r.backend: r.reason for r in report.refusals if not r.part}
+    assert said[name] == "left out: it takes a year; name it to ask it"
+    assert report.verdicts[name] == "refused" and report.agree
+    assert crosscheck([name], ["causal"], ["float32"]).verdicts == {name: "agree"}
+
+
 @pytest.mark.parametrize("asked", ["backends", "cases", "dtypes"])
 def test_one_name_is_no_list_of_names(asked):
     with pytest.raises(TypeError, match=rf"{asked} must be a list of names\. Got 'full'"):

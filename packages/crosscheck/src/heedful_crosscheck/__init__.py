@@ -78,7 +78,8 @@ def crosscheck(
     """Runs backends over cases and judges what comes out, as `tolerance.py` describes.
 
     Args:
-        backends: names; None for all that are installed or registered.
+        backends: names; None for all that are installed or registered, but for those that say why they
+            are asked by name alone.
         cases: of `load`, or names and groups of the generated cases and the packaged activations,
             `*` and `?` allowed; None for all of those.
         dtypes: of "float64", "float32", "float16" and "bfloat16"; None for each case's own.
@@ -102,10 +103,11 @@ def crosscheck(
     asked = chosen_cases(cases)
     if dtypes is not None:
         _check_dtypes(dtypes)
+    unasked = {} if backends is not None else unasked_backends()
     started = time.perf_counter()
     outcomes: list[Outcome] = []
     try:
-        collect_outcomes(chosen, asked, dtypes, seed, outcomes, progress)
+        collect_outcomes(chosen, asked, dtypes, seed, outcomes, progress, unasked)
     except KeyboardInterrupt as end:
         seconds = time.perf_counter() - started
         raise Interrupted(Report(tuple(outcomes), seed, seconds, strict, complete=False)) from end
@@ -139,6 +141,13 @@ def chosen_backends(names: Sequence[str] | None) -> list[str]:
         if name not in known:
             raise ValueError(f"no backend is named {name!r}. There are {', '.join(known)}.")
     return list(known if names is None else dict.fromkeys(names))
+
+
+def unasked_backends() -> dict[str, str]:
+    """Those that are asked only where they are named, and why."""
+    every = heedful.backends().items()
+    found = {name: getattr(backend, "unasked", None) for name, backend in every}
+    return {n: f"left out: {why}; name it to ask it" for n, why in found.items() if why}
 
 
 def _check_dtypes(dtypes: Sequence[str]) -> None:

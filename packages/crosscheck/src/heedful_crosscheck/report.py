@@ -376,7 +376,7 @@ def _verdict_line(report: Report) -> Text:
             ("disagree", "disagree"),
             ("lossy", "lossy, which --strict counts as disagreement"),
             ("agree", "agree"),
-            ("refused", "can run nothing here"),
+            ("refused", "ran nothing here"),
         )
         if (names := by_verdict.get(verdict))
     ]

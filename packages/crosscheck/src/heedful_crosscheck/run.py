@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from threading import Lock, current_thread, main_thread
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -116,6 +117,7 @@ def collect_outcomes(
     seed: int,
     outcomes: list[Outcome],
     progress: Progress | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Every backend on every case in every dtype; whatever a backend raises stops nothing.
 
@@ -126,6 +128,7 @@ def collect_outcomes(
         seed: of the generated inputs and of all cotangents.
         outcomes: where they are put, one after the other: what is known when the run is ended.
         progress: called with (done, total, what comes next).
+        left_out: which of the backends are not asked, and why.
     """
     callers = {framework(name) for name in backends} | {case.caller for case in cases}
     if "torch" in callers and find_spec("torch"):
@@ -148,13 +151,16 @@ def collect_outcomes(
             for done, (case, dtype) in enumerate(pairs):
                 if progress:
                     progress(done, len(pairs), f"{case.name} {dtype}")
-                to_ask = [name for name in backends if is_asked(name, case)]
+                facts = case.name, case.group, dtype
+                of_it = [name for name in backends if is_asked(name, case)]
+                to_ask = [name for name in of_it if name not in left_out]
+                outcomes += [Outcome(n, *facts, (left_out[n],)) for n in of_it if n in left_out]
                 try:
                     question = Question.of(case, seed, dtype)
                     question.check_range()
                 except InputError as error:
-                    facts = case.name, case.group, dtype, (str(error),)
-                    asked.append([pool.submit(Outcome, name, *facts) for name in to_ask])
+                    said = (str(error),)
+                    asked.append([pool.submit(Outcome, name, *facts, said) for name in to_ask])
                 else:
                     asked.append([pool.submit(settings.outcome, name, question) for name in to_ask])
                     wait(AHEAD if question.inputs.q.nbytes < SMALL else 0)

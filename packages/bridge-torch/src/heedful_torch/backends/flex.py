@@ -1,10 +1,15 @@
-"""`torch:flex`: torch's FlexAttention, eager: the score matrix materialised, on any device.
+"""`torch:flex` and `torch:flex-compiled`: torch's FlexAttention, on any device.
 
-What is seen becomes its block mask, softcap and bias its `score_mod`. On a CPU it has no backward pass.
-On a GPU it has not been run here yet.
+What is seen becomes its block mask, softcap and bias its `score_mod`. Eager it materialises the scores;
+compiled, each new shape and number takes seconds. On a CPU it has no backward pass. On a GPU neither
+has been run here yet.
 """
 
 import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +29,29 @@ from heedful_torch.backends.kernel import (
 )
 
 NO_BACKWARD = "FlexAttention has no backward pass on a CPU"
+KEPT = 256  # kinds of calls that are compiled in a process
 
 
-def _forward(asked: Arguments) -> Results:
+def _eager() -> Callable[..., Any]:
+    return flex_attention
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    from torch._dynamo import config  # seconds
+
+    # Of sizes and numbers that are symbols torch 2.13 compiles a wrong or no `score_mod` for a CPU.
+    function = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def call(*args: Any, **options: Any) -> Any:
+        # Beyond eight kinds of calls torch gives up compiling.
+        with config.patch(recompile_limit=KEPT, accumulated_recompile_limit=KEPT):
+            return function(*args, **options)
+
+    return call
+
+
+def _forward(function: Callable[[], Callable[..., Any]], lse: bool, asked: Arguments) -> Results:
     q, k, v, additive, how = asked
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, q_length, _ = q.shape
@@ -57,7 +82,7 @@ def _forward(asked: Arguments) -> Results:
     lengths = (q_length, k.shape[2])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*called without torch.compile")  # as is meant
-        out, aux = flex_attention(
+        found = function()(
             q,
             k,
             v,
@@ -67,20 +92,21 @@ def _forward(asked: Arguments) -> Results:
             else None,
             scale=how.scale,
             enable_gqa=heads != k.shape[1],
-            return_aux=AuxRequest(lse=True),
+            return_aux=AuxRequest(lse=True) if lse else None,
         )
-    assert aux.lse is not None  # which was asked for
+    if not lse:
+        return Results(found, None)
+    out, aux = found
     return Results(out, aux.lse.to(accumulator))
 
 
-KERNEL = Kernel(
-    forward=_forward,
-    backward=None,
-    flag=None,
-    masks="accumulator",
-    windows="any",
-    grouped=True,
-    opaque="torch:flex",
+flex_kernel = partial(
+    Kernel, backward=None, flag=None, masks="accumulator", windows="any", grouped=True
+)
+EAGER = flex_kernel(forward=partial(_forward, _eager, True), opaque="torch:flex")
+ON_CPU = flex_kernel(forward=partial(_forward, _compiled, False), opaque="torch:flex-compiled")
+ON_GPU = flex_kernel(
+    forward=partial(_forward, _compiled, True), opaque="torch:flex-compiled", widened=(0, 16)
 )
 
 
@@ -90,22 +116,72 @@ class FlexAttention:
     name = "torch:flex"
     automatic = None
     takes = FEATURES | {"bias", "grouped_heads", "return_lse", "scale", "softcap", "value_dim"}
-    deterministic = True
+
+    @property
+    def deterministic(self) -> bool:
+        # On a GPU the gradient of the bias is summed by atomic additions, in any order.
+        return not torch.cuda.is_available()
+
+    def used(self, problem: Problem) -> Kernel:
+        """The kernel for a problem."""
+        return EAGER
 
     def reasons(self, problem: Problem) -> list[str]:
-        return limits(KERNEL, problem, self.takes)
+        return limits(self.used(problem), problem, self.takes)
 
     def forward_only(self, problem: Problem) -> str | None:
         return NO_BACKWARD if problem.platform == "cpu" else None
 
     def score_bytes(self, problem: Problem) -> int:
-        return score_bytes(KERNEL, problem)
+        return score_bytes(self.used(problem), problem)
 
     def run(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor | None]:
         why = self.forward_only(problem)
         if why is None:
-            return attend(KERNEL, problem, operands)
-        return attend_forward(KERNEL, problem, operands, why)
+            return attend(self.used(problem), problem, operands)
+        return attend_forward(self.used(problem), problem, operands, why)
 
 
-backend = FlexAttention()
+class CompiledFlexAttention(FlexAttention):
+    """FlexAttention, compiled: no scores, but masks over (Sq, Sk) while its block mask is made."""
+
+    name = "torch:flex-compiled"
+    unasked = "each kind of call is compiled for seconds"
+
+    def used(self, problem: Problem) -> Kernel:
+        return ON_GPU if problem.platform == "gpu" else ON_CPU
+
+    def reasons(self, problem: Problem) -> list[str]:
+        reasons = super().reasons(problem)
+        if problem.platform == "cpu" and problem.return_lse:
+            reasons.append("FlexAttention compiled for a CPU returns no LSE")
+        if problem.dtype == "float64":
+            reasons.append(
+                "FlexAttention is compiled for float32, float16 and bfloat16, not float64"
+            )
+        return reasons or list(filter(None, [_why_no_compiler(problem.platform)]))
+
+    def kernel(self, problem: Problem) -> str:
+        return f"FlexAttention of torch {torch.__version__}, compiled by inductor"
+
+    def score_bytes(self, problem: Problem) -> int:
+        return score_bytes(self.used(problem), problem, scores=False)
+
+
+@cache
+def _why_no_compiler(platform: str) -> str | None:
+    """Why torch.compile can make no kernels for a platform."""
+    if platform == "gpu":
+        return None if find_spec("triton") else "torch.compile needs triton for a GPU"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "torch.compile needs a C++ compiler for a CPU, and finds none"
+    return None
+
+
+eager = FlexAttention()
+compiled = CompiledFlexAttention()

@@ -17,7 +17,7 @@ class Backend(Protocol):
     what is finer. Where there is more to say than that a feature is not taken, `lacks`, an optional
     mapping, says it by the feature's name.
 
-    Six more attributes are optional.
+    Seven more attributes are optional.
 
     - `automatic`: its rank in the automatic choice within its framework, lower first. Without it, the
       backend is taken by name alone.
@@ -32,6 +32,7 @@ class Backend(Protocol):
       differentiate it then raises, in the framework's own way.
     - `largest`: how many scores, B · Hq · Sq · Sk, a call may have for the crosscheck to ask for it,
       where a kernel is too slow for more.
+    - `unasked`: why the crosscheck asks it only where it is named.
 
     Attributes:
         name: "framework:kernel", for example "jax:flash"; the framework is that of the arrays which
