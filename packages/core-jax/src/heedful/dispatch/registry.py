@@ -1,6 +1,6 @@
 """Which backends and bridges there are: those installed, by entry point, and those registered."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -21,7 +21,7 @@ BRIDGES = "heedful.bridges"
 SEARCH = {"jax": ("jax",), "numpy": ("jax", "numpy"), "torch": ("torch", "jax")}
 
 _registered: dict[str, Backend] = {}
-_loaded: dict[str, Any] = {}  # entry points by group and name, once loaded
+_loaded: dict[str, Any] = {}  # entry points by group and name, once loaded and found right
 
 
 def register(backend: Backend) -> None:
@@ -81,8 +81,8 @@ def names() -> list[str]:
     return [*_entry_points(BACKENDS), *_registered]
 
 
-def _load(group: str, name: str) -> Any:
-    """What an entry point holds.
+def _load(group: str, name: str, check: Callable[[Any], None] = lambda _: None) -> Any:
+    """What an entry point holds, checked once.
 
     Raises:
         LookupError: it cannot be had, and why: whatever a broken package does, the others go on.
@@ -96,11 +96,13 @@ def _load(group: str, name: str) -> Any:
                 f"is declared by more than one package: {packages}. Uninstall all but one"
             )
         try:
-            _loaded[key] = point.load()
+            loaded = point.load()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a package may even exit when it is imported
             raise LookupError(f"cannot be imported: {in_a_line(error)}") from error
+        check(loaded)
+        _loaded[key] = loaded
     return _loaded[key]
 
 
@@ -122,13 +124,16 @@ def backend_named(name: str) -> Backend:
         return _registered[name]
     if name not in _entry_points(BACKENDS):
         raise ValueError(f"no backend is named {name!r}. There are {', '.join(names())}.")
-    try:
-        backend: Backend = _load(BACKENDS, name)
+
+    def check(backend: Backend) -> None:
         _check_backend(backend)
         if backend.name != name:
             raise ValueError(
                 f"its entry point {name!r} holds a backend named {backend.name!r}. Give both one name."
             )
+
+    try:
+        backend: Backend = _load(BACKENDS, name, check)
     except LookupError as error:
         return Unusable(name, str(error))
     except Exception as error:  # attributes that raise, a name that is none
