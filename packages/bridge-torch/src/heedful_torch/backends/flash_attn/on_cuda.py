@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 
+import torch
 from torch import Tensor
 
 from heedful.call.operands import Operands
@@ -24,6 +25,7 @@ class FlashAttnOnCuda:
         cuda: its kernel.
         capability: the least that it runs on.
         takes, lacks: features.
+        by_capability: what else keeps it from a problem on a GPU of some compute capability.
     """
 
     name: str
@@ -33,6 +35,7 @@ class FlashAttnOnCuda:
     capability: tuple[int, int]
     takes: frozenset[str] = TAKES
     lacks: Mapping[str, str] = field(default_factory=dict)
+    by_capability: Callable[[Problem, tuple[int, int]], list[str]] | None = None
 
     automatic = None
     deterministic = False  # the backward pass sums dq by atomic additions, in any order
@@ -40,6 +43,8 @@ class FlashAttnOnCuda:
     def reasons(self, problem: Problem) -> list[str]:
         reasons = cuda_limits(problem, ("float16", "bfloat16"), self.capability)
         reasons += limits(self.cuda, problem, self.takes)
+        if self.by_capability and torch.cuda.is_available():
+            reasons += self.by_capability(problem, torch.cuda.get_device_capability())
         # What cannot run here is not imported here either: a broken package may abort.
         return reasons or list(
             filter(None, [why_not_imported(self.module) or self._why_not_installed()])
