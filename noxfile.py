@@ -51,6 +51,13 @@ NEED_A_GPU = (
     "torch:flash-attn-3",
     "torch:flash-attn-4",
 )
+# The H100 that flash-attn 4 and its compiler are told of where there is none. (For Blackwell they would
+# ask CUDA's driver.)
+HOPPER = {
+    "FLASH_ATTENTION_ARCH": "sm_90",
+    "CUTE_DSL_ARCH": "sm_90a",
+    "FLASH_ATTENTION_NUM_SMS": "132",
+}
 
 PACKAGES = ("packages/core-jax", "packages/bridge-torch", "packages/crosscheck")
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")
@@ -148,6 +155,16 @@ def tests_of(backend: str) -> list[list[str]]:
         return [called_from_torch]
     own = ["tests/core/test_backends.py"]
     return [own, called_from_torch] if backend in ("jax:flash", "numpy:oracle") else [own]
+
+
+@nox.session(name="compile-flash-attn-4", python="3.11", requires=["environment"], default=False)
+def compile_flash_attn_4(session: nox.Session) -> None:
+    """Compile, without a GPU, flash-attn 4's kernels for every kind of call that its backend makes."""
+    install_beside(session)
+    install(session, "flash-attn-4", "triton")  # CUDA builds of torch bring triton
+    session.env.update(HOPPER | compiled(session))
+    tests = "tests/bridge/test_flash_attn_4_compiles.py"
+    session.run("python", "-m", *PYTEST, tests, *session.posargs)
 
 
 @shared_session()
