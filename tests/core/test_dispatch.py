@@ -744,11 +744,15 @@ def install(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.setattr(dispatch.registry, "_loaded", {})
+        forget()
+
+    def forget():
         dispatch.registry._entry_points.cache_clear()
+        dispatch.registry.ranked.cache_clear()
 
     yield install
     monkeypatch.undo()
-    dispatch.registry._entry_points.cache_clear()
+    forget()
 
 
 PACKAGE = """

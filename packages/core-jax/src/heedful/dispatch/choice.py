@@ -68,16 +68,11 @@ class Verdict:
 
 def automatic(problem: Problem) -> list[str]:
     """Names in the order in which the automatic choice tries them, loading as few as it can."""
-    names = []
-    for framework in registry.SEARCH[problem.framework]:
-        native = [
-            registry.backend_named(name)
-            for name in registry.names()
-            if name.startswith(f"{framework}:")
-        ]
-        ranked = [(getattr(b, "automatic", None), b.name) for b in native]
-        names += [name for _, name in sorted(pair for pair in ranked if pair[0] is not None)]
-    return names
+    return [
+        name
+        for framework in registry.SEARCH[problem.framework]
+        for name in registry.ranked(framework)
+    ]
 
 
 TILE_BYTES = 2 * 2**20  # of scores, which a backend of linear memory holds too

@@ -35,6 +35,7 @@ def register(backend: Backend) -> None:
     if backend.name in names():
         raise ValueError(f"a backend named {backend.name!r} is there already. Choose another name.")
     _registered[backend.name] = backend
+    ranked.cache_clear()
 
 
 def unregister(name: str) -> None:
@@ -46,6 +47,7 @@ def unregister(name: str) -> None:
     if name not in _registered:
         raise KeyError(f"{name} was not added by heedful.register")
     del _registered[name]
+    ranked.cache_clear()
 
 
 def _check_backend(backend: Backend) -> None:
@@ -139,6 +141,17 @@ def backend_named(name: str) -> Backend:
     except Exception as error:  # attributes that raise, a name that is none
         return Unusable(name, f"is no backend: {in_a_line(error)}")
     return backend
+
+
+@cache  # asked at every call
+def ranked(framework: str) -> tuple[str, ...]:
+    """Names of a framework's backends that the automatic choice tries, in its order.
+
+    One that could not be had when this was first asked is not tried.
+    """
+    found = [backend_named(name) for name in names() if name.startswith(f"{framework}:")]
+    ranks = [(getattr(backend, "automatic", None), backend.name) for backend in found]
+    return tuple(name for _, name in sorted(pair for pair in ranks if pair[0] is not None))
 
 
 @dataclass(eq=False)  # hashable, as backends are
