@@ -28,6 +28,8 @@ BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "jax:plain": (),
     "jax:flash": (),
     "jax:nn-xla": (),
+    "jax:splash": (),
+    "jax:pallas-gpu": (),
     "jax:tokamax-xla": (("packages/core-jax[tokamax]",),),
     "jax:tokamax-xla-chunked": (("packages/core-jax[tokamax]",),),
     "torch:sdpa-math": (),

@@ -84,6 +84,41 @@ class TestTokamaxXlaChunked(Tokamax, examples=5):
     backend = "jax:tokamax-xla-chunked"
 
 
+class TestSplash(Contract, examples=3):
+    backend = "jax:splash"
+    cases = ONE_OF_EACH_GROUP
+    accepts = EVERYTHING - {
+        "lse",
+        "bias",
+        "infinite bias",
+        "together",
+        "no rows",
+        "float64",
+        "float32 bias",
+    }
+
+
+class TestPallasGpu(Contract, examples=5):
+    backend = "jax:pallas-gpu"
+    cases = ONE_OF_EACH_GROUP
+    accepts = EVERYTHING - {
+        "bias",
+        "infinite bias",
+        "softcap",
+        "q_offset",
+        "q_offset array",
+        "window",
+        "mask",
+        "lengths, causal",
+        "sinks",
+        "segments",
+        "together",
+        "no rows",
+        "float64",
+        "float32 bias",
+    }
+
+
 class TestTokamaxTriton(Tokamax, needs_gpu=True):
     backend = "jax:tokamax-triton"
     accepts = frozenset({"gradients"})
