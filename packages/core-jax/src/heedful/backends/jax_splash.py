@@ -47,8 +47,8 @@ class SplashBackend:
             reasons.append("beside a softcap, the log-sum-exp of splash attention has no gradient")
         if problem.sinks and problem.dtype != "float32" and jax.__version_info__ < (0, 12):
             reasons.append(
-                f"splash attention of jax {jax.__version__} fails on the gradient of sinks in "
-                f"float32 beside q in {problem.dtype}"
+                f"splash attention of jax {jax.__version__} rounds the gradient of sinks to "
+                f"{problem.dtype} before it is summed"
             )
         return reasons + jax_pallas.reasons(problem, "tpu", MODULE)
 
