@@ -191,6 +191,13 @@ def crosscheck(session: nox.Session) -> None:
     session.run("python", "-m", "heedful_crosscheck", "crosscheck", *session.posargs)
 
 
+@nox.session(python="3.11", requires=["environment"], default=False)
+def conventions(session: nox.Session) -> None:
+    """Measure what published attention functions mean, and write docs/conventions.md."""
+    install_beside(session, *BACKENDS)
+    session.run("python", "packages/crosscheck/tools/conventions/document.py")
+
+
 @shared_session(default=False)
 def bench(session: nox.Session) -> None:
     """Time jax:flash, jax:plain, jax.nn and torch's SDPA in one run, their outputs checked."""
