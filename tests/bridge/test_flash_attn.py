@@ -361,6 +361,39 @@ def test_newer_generations_are_told_what_is_asked(backend, options, lengths):
     agrees_with_the_reference(backend.cuda, backend.takes, options, lengths, with_lse)
 
 
+@pytest.mark.usefixtures("newer_played")
+@pytest.mark.parametrize("backend", [three.backend, four.backend], ids=lambda b: b.name)
+def test_a_second_derivative_of_newer_generations_is_refused_not_lost(backend):
+    """Their backward passes fill tensors, which autograd takes for constants."""
+    q, k, v = qkv()
+    problem, operands = (call := Call.of(q, k, v)).problem, call.operands
+    out, _ = attend(backend.cuda, problem, operands)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    for of in (q, k, v):
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            torch.autograd.grad(dq.square().sum(), of, retain_graph=True)
+
+
+@pytest.mark.usefixtures("newer_played")
+@pytest.mark.parametrize("backend", [three.backend, four.backend], ids=lambda b: b.name)
+def test_newer_generations_hold_under_torch_func(backend):
+    q, k, v = (x.detach() for x in qkv())
+
+    def loss(function, q, k, v):
+        return function(q, k, v).sin().sum()
+
+    def ours(q, k, v):
+        call = Call.of(q, k, v)
+        return attend(backend.cuda, call.problem, call.operands)[0]
+
+    def torchs(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    got, want = (torch.func.grad(partial(loss, f), (0, 1, 2))(q, k, v) for f in (ours, torchs))
+    for ours_, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours_, theirs)
+
+
 @pytest.mark.parametrize("name", [three.backend.name, four.backend.name])
 def test_newer_generations_say_all_that_keeps_them_from_running_here(name):
     said = next(v for v in heedful.explain(*qkv()).verdicts if v.name == name).reasons

@@ -101,7 +101,7 @@ def _forward(function: Callable[[], Callable[..., Any]], lse: bool, asked: Argum
 
 
 flex_kernel = partial(
-    Kernel, backward=None, flag=None, masks="accumulator", windows="any", grouped=True
+    Kernel, backward=None, once=True, flag=None, masks="accumulator", windows="any", grouped=True
 )
 EAGER = flex_kernel(forward=partial(_forward, _eager, True), opaque="torch:flex")
 ON_CPU = flex_kernel(forward=partial(_forward, _compiled, False), opaque="torch:flex-compiled")

@@ -25,7 +25,7 @@ package does around it, and what the contract asks beyond that, is here:
 import itertools
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,6 +108,8 @@ class Kernel:
     Attributes:
         forward: the operator.
         backward: its backward operator; None where torch's own derivative is right.
+        once: whether that derivative is its package's, which fills tensors: differentiated again it would
+            count as a constant, silently.
         flag: where the diagonal of `is_causal` lies: it starts in the upper left corner of the
             scores, or ends in the lower right one; None where the flag is not used.
         windows: what band it takes beside the flag: one "around" that diagonal, or "any".
@@ -127,6 +129,7 @@ class Kernel:
     flag: Literal["upper left", "lower right"] | None
     masks: Literal["accumulator", "q"] | None
     windows: Literal["around", "any"] | None = None
+    once: bool = False
     mask_gradient: bool = False
     alignment: int = 1
     equal_head_sizes: bool = False
@@ -330,10 +333,13 @@ def _on_padded_heads(kernel: Kernel, asked: Arguments) -> Results:
     )
     asked = asked._replace(q=q, k=k, v=v)
     lse: Tensor | None
-    if kernel.backward is None:
-        out, lse, _ = _forward(kernel, asked) if kernel.opaque else kernel.forward(asked)
-    else:
+    if kernel.backward is not None:
         out, lse, *_ = _Fused.apply(kernel, *asked)
+    elif kernel.once and any(x is not None and x.requires_grad for x in asked[:-1]):
+        out, *rest = _ByItsPackage.apply(kernel, _Graph(), *asked)
+        lse = rest[0] if rest else None
+    else:
+        out, lse, _ = _forward(kernel, asked) if kernel.opaque else kernel.forward(asked)
     return Results(out[..., :value_dim], lse)
 
 
@@ -427,6 +433,59 @@ class _FusedPullBack(FirstOrder):
         if dmask is not None and shared:
             dmask = dmask.sum(1, keepdim=True)
         return (*of_qkv, dmask), dims
+
+
+@dataclass(eq=False)
+class _Graph:
+    """What a package has recorded of one call, to differentiate it."""
+
+    operands: list[Any] = field(default_factory=list)  # tensors, and None
+    results: list[Tensor] = field(default_factory=list)
+
+
+class _ByItsPackage(Function):
+    """A kernel that its package differentiates, `once`."""
+
+    @staticmethod
+    def forward(kernel: Kernel, graph: _Graph, *arguments: Any) -> tuple[Tensor, ...]:
+        """out, and lse where there is one."""
+        *tensors, how = arguments
+        with torch.enable_grad():
+            graph.operands = [x if x is None else x.detach().requires_grad_() for x in tensors]
+            found = _forward(kernel, Arguments._make((*graph.operands, how)))
+            graph.results = [x for x in (found.out, found.lse) if x is not None]
+        return tuple(x.detach() for x in graph.results)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.graph, *tensors, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @outside_compilation
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = _PullBackOfPackage.apply(ctx.graph, *cotangents, *ctx.saved_tensors)
+        return None, None, *gradients, None
+
+    jvp = staticmethod(no_forward_mode)
+
+
+class _PullBackOfPackage(FirstOrder):
+    """The gradients of `_ByItsPackage`."""
+
+    @staticmethod
+    def forward(graph: _Graph, *known: Any) -> tuple[Tensor | None, ...]:
+        """Of each operand that there is, its gradient."""
+        pairs = [(x, d) for x, d in zip(graph.results, known, strict=False) if d is not None]
+        results, cotangents = zip(*pairs, strict=True)
+        given = [x for x in graph.operands if x is not None]
+        if results[0].requires_grad:
+            options = {"retain_graph": True, "materialize_grads": True}
+            found = iter(torch.autograd.grad(results, given, cotangents, **options))
+        else:  # nothing was computed: there is no row, or no key
+            found = map(torch.zeros_like, given)
+        return tuple(x if x is None else next(found) for x in graph.operands)
 
 
 def _forward(kernel: Kernel, asked: Arguments) -> Results:

@@ -48,6 +48,7 @@ backend = FlashAttnOnCuda(
     cuda=flash_attn_kernel(
         forward=_forward,
         backward=None,
+        once=True,
         windows="around",
         # Hopper's backward pass sums dq, and dk and dv of grouped heads, in rows of a multiple of 16,
         # which are read as rows of a multiple of 32: wrong where these differ (flash-attention#2896),

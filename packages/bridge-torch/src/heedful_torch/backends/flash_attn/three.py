@@ -42,6 +42,7 @@ backend = FlashAttnOnCuda(
     cuda=flash_attn_kernel(
         forward=_forward,
         backward=None,
+        once=True,
         windows="around",
         largest_head=256,
     ),
