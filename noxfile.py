@@ -35,6 +35,7 @@ BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "torch:sdpa-math": (),
     "torch:sdpa-flash": (),
     "torch:flex": (),
+    "torch:flex-compiled": (),
     "torch:zentorch": (("packages/bridge-torch[zentorch]",),),
     # It is built against the torch that is there; BUILD says without CUDA.
     "torch:flash-attn-2": (

@@ -108,8 +108,8 @@ class Kernel:
     Attributes:
         forward: the operator.
         backward: its backward operator; None where torch's own derivative is right.
-        once: whether that derivative is its package's, which fills tensors: differentiated again it would
-            count as a constant, silently.
+        once: whether that derivative is its package's, which fills tensors: differentiated again, it
+            would count as a constant, silently.
         flag: where the diagonal of `is_causal` lies: it starts in the upper left corner of the
             scores, or ends in the lower right one; None where the flag is not used.
         windows: what band it takes beside the flag: one "around" that diagonal, or "any".
