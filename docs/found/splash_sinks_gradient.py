@@ -1,6 +1,8 @@
 """The gradient of float32 sinks comes back in q's dtype, rounded before it is summed.
 
-python splash_sinks_gradient.py
+The sum is right but for that.
+
+    python splash_sinks_gradient.py
 """
 
 import jax
