@@ -6,6 +6,7 @@ with. What hides keys and what an empty row gives is settled around them, as aro
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -61,12 +62,12 @@ def as_written(problem: Problem, kernel: Callable[..., Array]) -> Callable[..., 
         with _settings(problem):
             return kernel(*arrays)
 
-    @_differentiated_no_more
+    @_no_more
     def forward(*arrays: Any) -> tuple[Array, Callable[..., Any]]:
         with _settings(problem):
             return jax.vjp(kernel, *arrays)
 
-    @_differentiated_no_more
+    @_no_more
     def backward(pull_back: Callable[..., Any], cotangent: Array) -> Any:
         with _settings(problem):
             gradients = pull_back(cotangent)
@@ -76,15 +77,19 @@ def as_written(problem: Problem, kernel: Callable[..., Array]) -> Callable[..., 
     return run
 
 
-def _differentiated_no_more(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Says so; otherwise second derivatives of the LSE would be wrong, and other errors obscure."""
+def undifferentiated(why: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose derivative raises, and says why."""
     refusing = jax.custom_jvp(function)
 
     @refusing.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError("this Pallas kernel has no second derivatives")
+        raise NotImplementedError(why)
 
     return refusing
+
+
+# Otherwise second derivatives of the LSE would be wrong, and other errors obscure.
+_no_more = partial(undifferentiated, "this Pallas kernel has no second derivatives")
 
 
 @contextmanager

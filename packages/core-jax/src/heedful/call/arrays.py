@@ -30,7 +30,12 @@ def _framework_of_type(kind: type) -> str | None:
 
 def dtype_of(x: Array) -> str:
     """The dtype's name, the same in every framework."""
-    return str(x.dtype).removeprefix("torch.")
+    return _dtype_name(x.dtype)
+
+
+@cache  # NumPy takes microseconds to spell one
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def accumulator_of(dtype: str) -> str:

@@ -95,7 +95,10 @@ def form_and_sizes(q: Array, k: Array, v: Array, layout: Any) -> tuple[Form, dic
             "It is never guessed: say where the head axis stands."
         )
     shapes = {"q": shape_of(q), "k": shape_of(k), "v": shape_of(v)}
-    got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+    def got() -> str:
+        return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+
     rank = len(shapes["q"])
     if rank < 2 or len({len(s) for s in shapes.values()}) > 1:
         forms = (
@@ -104,7 +107,7 @@ def form_and_sizes(q: Array, k: Array, v: Array, layout: Any) -> tuple[Form, dic
             else "(S, D), (S, H, D) or (B, S, H, D)"
         )
         raise ValueError(
-            f"q, k and v must have the same rank, at least 2: {forms}. Got {got}. "
+            f"q, k and v must have the same rank, at least 2: {forms}. Got {got()}. "
             "Add the missing axes: they are never guessed."
         )
     if rank > MAX_RANK:
@@ -125,31 +128,31 @@ def form_and_sizes(q: Array, k: Array, v: Array, layout: Any) -> tuple[Form, dic
     where = f"in layout {layout!r}"
     if not lead == k_lead == v_lead:
         raise ValueError(
-            f"q, k and v must have the same batch axes {where}. Got {got}. "
+            f"q, k and v must have the same batch axes {where}. Got {got()}. "
             "Broadcast them first: they are never repeated silently."
         )
     if k_dim != head_dim:
         raise ValueError(
-            f"q and k must have the same head size, their last axis. Got {got}. "
+            f"q and k must have the same head size, their last axis. Got {got()}. "
             "Only v may have a head size of its own."
         )
     if v_length != kv_length:
         raise ValueError(
-            f"k and v must have the same length {where}. Got {got}. "
+            f"k and v must have the same length {where}. Got {got()}. "
             "If the axes are in the other order, pass the other layout=."
         )
     if v_heads != kv_heads:
         raise ValueError(
-            f"k and v must have the same number of heads {where}. Got {got}. "
+            f"k and v must have the same number of heads {where}. Got {got()}. "
             "If the axes are in the other order, pass the other layout=."
         )
     if kv_heads == 0 or q_heads == 0 or q_heads % kv_heads:
         raise ValueError(
-            f"q's heads must be a multiple of k's {where}. Got {q_heads} and {kv_heads} from {got}. "
+            f"q's heads must be a multiple of k's {where}. Got {q_heads} and {kv_heads} from {got()}. "
             "If the axes are in the other order, pass the other layout=."
         )
     if head_dim == 0 or value_dim == 0:
-        raise ValueError(f"head sizes must be at least 1. Got {got}. Check the last axis.")
+        raise ValueError(f"head sizes must be at least 1. Got {got()}. Check the last axis.")
     return Form(rank, layout, lead), {
         "batch": math.prod(lead),
         "q_heads": q_heads,

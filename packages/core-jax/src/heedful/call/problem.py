@@ -1,7 +1,7 @@
 """What an attention call asks for: the contract's home."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
@@ -140,11 +140,10 @@ class Problem:
             found["value_dim"] = f"Dv = {self.value_dim}, D = {self.head_dim}"
         return found
 
-    @cached_property
+    @property
     def features(self) -> frozenset[str]:
         """All that is asked beyond plain attention: names of options, and what `of_shapes` names."""
-        asked = [option.name for option in OPTIONS if option.asked(self)]
-        return frozenset([*asked, *self.of_shapes])
+        return _features(self)
 
     @property
     def compiled(self) -> Self:
@@ -169,3 +168,9 @@ class Problem:
             return self, operands
         number = int(operands.q_offset[0])
         return replace(self, q_offset=number), operands._replace(q_offset=None)
+
+
+@lru_cache(128)  # every option is asked, and every call of one problem asks for them
+def _features(problem: Problem) -> frozenset[str]:
+    asked = [option.name for option in OPTIONS if option.asked(problem)]
+    return frozenset([*asked, *problem.of_shapes])
