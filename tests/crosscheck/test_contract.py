@@ -2,6 +2,9 @@
 
 import pytest
 
+import heedful
+from heedful_crosscheck.contract import REQUIRED
+
 MINE = """
 import heedful
 from heedful.backends.jax_plain import PlainBackend
@@ -30,13 +33,17 @@ class TestMine(Contract, examples=1):
 
 
 @pytest.fixture
-def tested(pytester, monkeypatch):
-    """Runs an author's test, the backend's body and the class's given."""
-    monkeypatch.delenv("HEEDFUL_REQUIRE_BACKENDS", raising=False)
+def tested(pytester):
+    """Runs an author's test, the backend's body and the class's given; in this process, where JAX is."""
+    assert REQUIRED is None  # which would leave the author's backend out
 
-    def run(body="pass", contract="pass", only="agrees_or_refuses"):
+    def run(body="pass", contract="pass", only="agrees_or_refuses", how=pytester.runpytest_inprocess):
         pytester.makepyfile(MINE.format(body=body, contract=contract))
-        return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-k", only)
+        try:
+            return how("-p", "no:cacheprovider", "-k", only)
+        finally:
+            if "jax:mine" in heedful.backends():
+                heedful.unregister("jax:mine")
 
     return run
 
@@ -76,13 +83,13 @@ def test_what_it_accepts_it_may_not_refuse(tested):
     result.stdout.fnmatch_lines(["*softcap*"])
 
 
-def test_a_backend_that_cannot_run_is_skipped_and_says_why(tested, monkeypatch):
+def test_a_backend_that_cannot_run_is_skipped_and_says_why(tested, monkeypatch, pytester):
     unable = """
     def reasons(self, problem):
         return ("needs a machine of its own",)
     """
     tested(unable).assert_outcomes(skipped=4)
     monkeypatch.setenv("HEEDFUL_REQUIRE_BACKENDS", "jax:mine")
-    result = tested(unable)
+    result = tested(unable, how=pytester.runpytest_subprocess)  # it is read when it is imported
     result.assert_outcomes(errors=4)
     result.stdout.fnmatch_lines(["*jax:mine is required and cannot run here: needs a machine*"])
