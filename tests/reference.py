@@ -10,7 +10,7 @@ import numpy as np
 
 
 def attention(q, k, v, out_cotangent=None, lse_cotangent=None, **options):
-    """out, lse and the cotangents of q, k, v, bias and sinks (None without them), all float64.
+    """out, lse and the cotangents of q, k, v, bias, sinks and alibi_slopes (None without), in float64.
 
     Takes the arrays and options of `heedful.attention` as NumPy arrays, in any layout and rank.
     Without cotangents those of out and lse are zero.
@@ -63,6 +63,7 @@ def _canonical(
     scale=None,
     softcap=None,
     sinks=None,
+    alibi_slopes=None,
 ):
     batch, q_heads, q_length, head_dim = q.shape
     _, kv_heads, kv_length, value_dim = v.shape
@@ -104,6 +105,10 @@ def _canonical(
 
     out, lse = np.zeros((*q.shape[:3], value_dim)), np.full(q.shape[:3], -np.inf)
     dsinks = np.zeros(q_heads)
+    slopes = np.zeros(q_heads) if alibi_slopes is None else np.asarray(alibi_slopes, np.float64)
+    each_row = slopes.ndim > 1
+    slopes = np.broadcast_to(slopes.reshape(-1, q_heads), (batch, q_heads))
+    dslopes = np.zeros((batch, q_heads))
     dq, dk, dv, dbias = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape), np.zeros(scores)
     for b, h, i in np.ndindex(q.shape[:3]):
         (keys,) = np.nonzero(sees(b, h, i))
@@ -116,7 +121,8 @@ def _canonical(
         g = h // (q_heads // kv_heads)
         raw = scale * k[b, g, keys] @ q[b, h, i]
         capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
-        s = capped + bias[b, h, i, keys]
+        away = np.abs(i + q_offset[b] - keys)
+        s = capped + bias[b, h, i, keys] - slopes[b, h] * away
         # The sink is one more logit, whose value is 0.
         logits = np.append(s, sink)
         exponentials = np.exp(logits - logits.max())
@@ -134,14 +140,20 @@ def _canonical(
         dk[b, g, keys] += scale * np.outer(draw, q[b, h, i])
         dv[b, g, keys] += np.outer(p, do)
         dbias[b, h, i, keys] = ds
+        dslopes[b, h] -= ds @ away
         dsinks[h] += of_sink * (dlse - out[b, h, i] @ do)
     dbias = _summed(dbias, bias_shape, lead)
-    return out, lse, dq, dk, dv, dbias, None if sinks is None else dsinks
+    if alibi_slopes is not None:
+        dslopes = (dslopes if each_row else dslopes.sum(0)).reshape(np.shape(alibi_slopes))
+    of_options = {"bias": dbias, "sinks": dsinks, "alibi_slopes": dslopes}
+    given = {"bias": bias_shape, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    return out, lse, dq, dk, dv, *(None if given[n] is None else x for n, x in of_options.items())
 
 
 def without_idle_offset(options):
     """The options without a q_offset that neither causal nor a window has a use for: it is refused."""
     positional = options.get("causal") or (options.get("window") or (None, None)) != (None, None)
+    positional = positional or options.get("alibi_slopes") is not None
     return {name: x for name, x in options.items() if positional or name != "q_offset"}
 
 

@@ -596,7 +596,7 @@ def test_the_mask_is_as_large_as_it_is_said_to_be(case):
     q, k, v = (torch.zeros(1).expand(x.shape) for x in (inputs.q, inputs.k, inputs.v))
     arrays = {name: torch.from_numpy(x) for name, x in inputs.arrays.items()}
     options = {**inputs.options, **arrays}
-    for name in {"bias", "sinks"} & options.keys():
+    for name in {"bias", "sinks", "alibi_slopes"} & options.keys():
         options[name] = expanded(*options[name].shape)
     problem = Call.of(q, k, v, **options).problem
     place = span_of(problem)

@@ -29,6 +29,7 @@ NEW_VALUES = {
     "q_offset, a number": [{"causal": True, "q_offset": n} for n in (3, 5, -2, np.int64(0), 8)],
     "q_offset, an array": [{"window": (2, 2), "q_offset": np.array([n, 1])} for n in (3, 5, 8)],
     "sinks": [{"sinks": np.float32([n, 1 / n])} for n in (1, 2, 5)],
+    "alibi slopes": [{"alibi_slopes": np.float32([n, 1 / n])} for n in (1, 2, 5)],
     "segment ids": [
         {"q_segment_ids": np.full((2, 3), n), "kv_segment_ids": np.arange(22).reshape(2, 11) // n}
         for n in (1, 2, 5)
@@ -39,7 +40,11 @@ NEW_VALUES = {
 
 @pytest.mark.parametrize(
     ("backend", "values"),
-    [pair for pair in product(JAX_BACKENDS, NEW_VALUES) if pair != ("jax:nn-xla", "sinks")],
+    [
+        (backend, values)
+        for backend, values in product(JAX_BACKENDS, NEW_VALUES)
+        if backend != "jax:nn-xla" or values not in ("sinks", "alibi slopes")
+    ],
 )
 @pytest.mark.parametrize("call", [out, gradient])
 def test_new_values_neither_trace_nor_compile(backend, call, values):

@@ -595,6 +595,7 @@ ASKING = {
     "scale": {"scale": 1.0},
     "softcap": {"softcap": 1.0},
     "sinks": {"sinks": jnp.zeros(2)},
+    "alibi_slopes": {"alibi_slopes": jnp.zeros(2)},
     "return_lse": {"return_lse": True},
 }
 

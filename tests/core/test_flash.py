@@ -70,6 +70,12 @@ small_flash = partial(flash, tiles=TILES)
 QUESTIONS = {
     "full": {},
     "sinks": {"sinks": np.array([0.5, -1.0, 2.0, 0.0]), "window": (20, 3), "q_offset": -4},
+    "alibi": {
+        "alibi_slopes": np.array([[0.5, 0.25, -0.1, 0.0], [1.0, 0.3, 0.2, 0.1]]),
+        "kv_lengths": np.array([50, 13]),
+        "bias": np.ones((1, 4, 1, 50)),
+        "window": (30, 9),
+    },
     "causal": {"causal": True, "bias": np.ones((1, 4, 1, 50)), "softcap": 1.5},
     "window": {"window": (5, 3), "q_offset": 20},
     "lengths": {"kv_lengths": np.array([50, 13]), "q_lengths": np.array([5, 37]), "causal": True},

@@ -66,7 +66,7 @@ def test_agrees_with_attention_row_by_row(case):
         **inputs.options,
     )
     got = ask("numpy:oracle", question, question.poisoned or inputs, with_lse=True)
-    names = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
+    names = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes")
     for name, want in zip(names, right, strict=True):
         if want is None:
             assert name not in got

@@ -32,8 +32,9 @@ WRONG = {
     "unknown option": (
         {"color": "red"},
         TypeError,
-        "unknown option 'color'. The options are mask, bias, causal, window, q_offset, q_lengths, "
-        "kv_lengths, q_segment_ids, kv_segment_ids, scale, softcap, sinks, layout, return_lse.",
+        "unknown option 'color'. The options are mask, bias, causal, window, alibi_slopes, q_offset, "
+        "q_lengths, kv_lengths, q_segment_ids, kv_segment_ids, scale, softcap, sinks, layout, "
+        "return_lse.",
     ),
     "SDPA's name": (
         {"attn_mask": TRUE},
@@ -141,6 +142,18 @@ WRONG = {
         {"sinks": zeros(2, 3)},
         ValueError,
         "sinks must be one logit for each query head, shape (Hq,) = (4,). Got (2, 3).",
+    ),
+    "slopes of each query": (
+        {"alibi_slopes": zeros(4, 5)},
+        ValueError,
+        "alibi_slopes must be one slope for each query head, (Hq,) = (4,) or (B, Hq) = (2, 4). "
+        "Got (4, 5).",
+    ),
+    "slopes of another dtype": (
+        {"alibi_slopes": np.zeros(4, np.float16)},
+        TypeError,
+        "alibi_slopes must be float32 for float32 q, k, v. Got float16. Cast it: nothing here casts "
+        "silently.",
     ),
     "float segment ids": (
         {"q_segment_ids": zeros(2, 5), "kv_segment_ids": zeros(2, 7)},
@@ -328,14 +341,15 @@ WRONG = {
     "q_offset without a use for it": (
         {"q_offset": 3},
         ValueError,
-        "q_offset places the queries for causal and window, and this call has neither. Got 3. Leave it "
-        "out, or pass causal= or window= too: no option is ignored.",
+        "q_offset places the queries for causal, window and ALiBi, and this call has none of them. "
+        "Got 3. Leave it out, or pass causal=, window= or alibi_slopes= too: no option is ignored.",
     ),
     "q_offset beside a window that is open": (
         {"q_offset": np.array([3, 2]), "window": (None, None)},
         ValueError,
-        "q_offset places the queries for causal and window, and this call has neither. Got an array. "
-        "Leave it out, or pass causal= or window= too: no option is ignored.",
+        "q_offset places the queries for causal, window and ALiBi, and this call has none of them. "
+        "Got an array. Leave it out, or pass causal=, window= or alibi_slopes= too: no option is "
+        "ignored.",
     ),
     "q_offset": (
         {"causal": True, "q_offset": 1.5},

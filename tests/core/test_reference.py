@@ -32,7 +32,7 @@ def test_gradients_are_those_of_the_function(case):
     lse_cotangent = question.rows_as_called(question.lse_cotangent)
     q, k, v, options = (getattr(question.inputs, name) for name in ("q", "k", "v", "options"))
     options = dict(options)
-    others = [name for name in ("bias", "sinks") if name in options]
+    others = [name for name in ("bias", "sinks", "alibi_slopes") if name in options]
     operands = [q, k, v, *(options.pop(name) for name in others)]
     rng = np.random.default_rng(1)
     direction = [rng.standard_normal(x.shape) for x in operands]

@@ -37,7 +37,9 @@ def tested(pytester):
     """Runs an author's test, the backend's body and the class's given; in this process, where JAX is."""
     assert REQUIRED is None  # which would leave the author's backend out
 
-    def run(body="pass", contract="pass", only="agrees_or_refuses", how=pytester.runpytest_inprocess):
+    def run(
+        body="pass", contract="pass", only="agrees_or_refuses", how=pytester.runpytest_inprocess
+    ):
         pytester.makepyfile(MINE.format(body=body, contract=contract))
         try:
             return how("-p", "no:cacheprovider", "-k", only)

@@ -32,6 +32,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
     layout: Literal["bhsd", "bshd"] = "bhsd",
     return_lse: bool = False,
     **unknown: Never,
@@ -64,6 +65,8 @@ def attention(
         softcap: c of c·tanh(s/c), applied before bias.
         sinks: (Hq,), a logit for each query head that takes weight and gives nothing, as in gpt-oss;
             differentiable.
+        alibi_slopes: (Hq,) or (B, Hq), of each query head the slope m of ALiBi: m · |p_i − j| is taken
+            off the scores, p_i the place of query i among the keys; differentiable.
         layout: "bhsd" (PyTorch SDPA, ONNX) or "bshd" (jax.nn, flash-attn), for q, k, v and out.
         return_lse: whether to return the log-sum-exp of the scores too.
 
@@ -88,6 +91,7 @@ def attention(
         "scale": scale,
         "softcap": softcap,
         "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
         "layout": layout,
         "return_lse": return_lse,
         **unknown,  # which the checks refuse by name

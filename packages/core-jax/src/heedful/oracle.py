@@ -34,6 +34,7 @@ FEATURES = frozenset(
         "scale",
         "softcap",
         "sinks",
+        "alibi_slopes",
         "return_lse",
         "grouped_heads",
         "value_dim",
@@ -90,6 +91,8 @@ def gradients(
         if found.sinks is not None:  # the sink's weight, as any other, but of a value of 0
             mean = (weights * dweights).sum(axis=1)
             found.sinks[0, part.queries[1]] += (of_sink * (dlse[part.queries] - mean)).sum()
+        if found.alibi_slopes is not None:
+            found.alibi_slopes[part.slopes] -= (part.distance * dscores).sum()
         if found.bias is not None:
             add_over_broadcast(found.bias, part, dscores)
         dproduct = np.where(part.seen, problem.scale * slope * dscores, 0)
@@ -123,6 +126,8 @@ def _softmax(
         scores = problem.softcap * np.tanh(scores / problem.softcap)
     if part.bias is not None:
         scores = _add_bias(scores, part.bias, problem.accumulator)
+    if part.slope:
+        scores = scores - part.slope * part.distance
     scores = np.where(part.seen, scores, -np.inf)
 
     highest = scores.max(axis=1, keepdims=True, initial=part.sink)
@@ -165,6 +170,9 @@ class Part(NamedTuple):
         queries, keys, scores: where these stand in (B, Hq, Sq, ·), in (B, Hkv, Sk, ·) and in bias.
         q, k, v: (rows, D), (Sk, D), (Sk, Dv).
         bias: (rows, Sk), or None.
+        slope: the head's of ALiBi, 0 where there is none.
+        slopes: where it stands.
+        distance: |p_i − j|, (rows, Sk).
         sink: the head's, −inf where there is none.
         seen: (rows, Sk), boolean.
     """
@@ -176,6 +184,9 @@ class Part(NamedTuple):
     k: np.ndarray
     v: np.ndarray
     bias: np.ndarray | None
+    slope: Any
+    slopes: tuple[int, int, int, int]
+    distance: np.ndarray
     sink: Any
     seen: np.ndarray
 
@@ -195,8 +206,25 @@ def parts(problem: Problem, operands: Operands, dtype: np.typing.DTypeLike) -> I
                 bias = np.broadcast_to(np.asarray(operands.bias)[scores].astype(dtype), matrix)
             sink = -np.inf if operands.sinks is None else operands.sinks[0, h, 0, 0]
             sink = np.asarray(sink).astype(dtype)[()]
-            seen = sees(problem, operands, queries)
-            yield Part(queries, keys, scores, q[queries], k[keys], v[keys], bias, sink, seen)
+            slope, slopes = np.dtype(dtype).type(0), (0, 0, 0, 0)
+            if operands.alibi_slopes is not None:
+                slopes = b if len(operands.alibi_slopes) > 1 else 0, h, 0, 0
+                slope = np.asarray(operands.alibi_slopes[slopes]).astype(dtype)[()]
+            place, key = places(problem, operands, queries)
+            yield Part(
+                queries,
+                keys,
+                scores,
+                q[queries],
+                k[keys],
+                v[keys],
+                bias,
+                slope,
+                slopes,
+                abs(place - key).astype(dtype),
+                sink,
+                sees(problem, operands, queries),
+            )
 
 
 def sees(problem: Problem, operands: Operands, queries: tuple[int, int, slice]) -> np.ndarray:
@@ -205,15 +233,9 @@ def sees(problem: Problem, operands: Operands, queries: tuple[int, int, slice]) 
     Others go by `heedful.rules.visibility`. This is the same once more, and shares no line.
     """
     b, _, rows = queries
-    query, key = np.ogrid[rows, : problem.kv_length]
-    real_queries = problem.q_length if operands.q_lengths is None else int(operands.q_lengths[b])
-    real_keys = problem.kv_length if operands.kv_lengths is None else int(operands.kv_lengths[b])
-    if operands.q_offset is not None:
-        place = query + int(operands.q_offset[b if len(operands.q_offset) > 1 else 0])
-    elif problem.q_offset is not None:
-        place = query + problem.q_offset
-    else:
-        place = query + real_keys - real_queries
+    query = np.arange(problem.q_length)[rows, None]
+    real_queries, real_keys = _real(problem, operands, b)
+    place, key = places(problem, operands, queries)
     back, ahead = problem.window or (None, None)
 
     seen = (query < real_queries) & (key < real_keys)
@@ -232,6 +254,29 @@ def sees(problem: Problem, operands: Operands, queries: tuple[int, int, slice]) 
     if operands.mask is not None:
         seen &= np.asarray(operands.mask)[_broadcast_index(operands.mask, queries)]
     return seen
+
+
+def places(
+    problem: Problem, operands: Operands, queries: tuple[int, int, slice]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where these queries stand among the keys, (rows, 1), and where the keys do, (1, Sk)."""
+    b, _, rows = queries
+    query, key = np.ogrid[rows, : problem.kv_length]
+    if operands.q_offset is not None:
+        return query + int(operands.q_offset[b if len(operands.q_offset) > 1 else 0]), key
+    if problem.q_offset is not None:
+        return query + problem.q_offset, key
+    real_queries, real_keys = _real(problem, operands, b)
+    return query + real_keys - real_queries, key
+
+
+def _real(problem: Problem, operands: Operands, b: int) -> tuple[int, int]:
+    """How many queries and keys of a batch row are real."""
+    q_lengths, kv_lengths = operands.q_lengths, operands.kv_lengths
+    return (
+        problem.q_length if q_lengths is None else int(q_lengths[b]),
+        problem.kv_length if kv_lengths is None else int(kv_lengths[b]),
+    )
 
 
 def _broadcast_index(x: Array, queries: tuple[int, int, slice]) -> tuple[int, int, slice]:

@@ -16,7 +16,7 @@ from jax import lax
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.place import Place
-from heedful.rules.scores import added, capped
+from heedful.rules.scores import added, capped, distance
 from heedful.rules.softmax import beyond_the_keys
 from heedful.rules.visibility import of_key_heads, visible
 
@@ -42,7 +42,7 @@ def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
 
     q = q.reshape(*grouped, problem.q_length, problem.head_dim)
     scores = problem.scale * _einsum("bhgid,bhjd->bhgij", q, k).reshape(scores_shape)
-    scores = added(operands, capped(problem, scores)[0])
+    scores = added(operands, distance(problem, operands, place), capped(problem, scores)[0])
     if seen is not None:
         scores = jnp.where(seen, scores, -jnp.inf)
 

@@ -151,10 +151,11 @@ class Case:
     ) -> np.ndarray:
         """An array option for (B, H, S, D) → the same for the call's leading axes."""
         lead = self._lead(scores[0])
+        if AXES.get(name, "").endswith("h"):  # a number for each head, of all rows or of each
+            x = x.reshape(-1, scores[1])
+            return x[0] if len(x) == 1 else x.reshape(*lead, -1)
         if AXES.get(name, "").startswith("b") and x.ndim:  # a number for each row, or several
             return x.reshape(*(lead or (1,) * (x.ndim == 1)), *x.shape[1:])
-        if AXES.get(name) == "h":
-            return x.reshape(-1)
         if x.ndim == 4 and self.memory == "expanded":
             x = np.broadcast_to(x, scores)
         if x.ndim == 4:  # over the scores

@@ -99,6 +99,9 @@ FACTORS: dict[str, dict[str, Any]] = {
     },
     "bias_dtype": _same("q's", "accumulator"),
     "sinks": {"none": None, "usual": RandomNumbers("h"), "large": RandomNumbers("h", 3.0)},
+    "alibi_slopes": {
+        "none": None, "heads": RandomNumbers("h", 0.1), "batch": RandomNumbers("bh", 0.1),
+    },
     "scale": {"default": None, "0.3": 0.3, "-0.2": -0.2, "0": 0.0},
     "softcap": {"none": None, "1.5": 1.5, "30": 30.0},
     "logits": _same("usual", "large", "above", "below"),
@@ -107,13 +110,13 @@ FACTORS: dict[str, dict[str, Any]] = {
 # The options among them.
 OPTIONS = (
     "layout", "causal", "window", "q_offset", "q_lengths", "kv_lengths", "mask", "bias", "segments",
-    "sinks", "scale", "softcap",
+    "sinks", "alibi_slopes", "scale", "softcap",
 )  # fmt: skip
 
 # Which axes of (B, Hq, Sq, Sk) an array option has; of one that is not here, all, each full or 1.
 AXES = {
     "q_offset": "b", "q_lengths": "b", "kv_lengths": "b",
-    "q_segment_ids": "bq", "kv_segment_ids": "bk", "sinks": "h",
+    "q_segment_ids": "bq", "kv_segment_ids": "bk", "sinks": "h", "alibi_slopes": "bh",
 }  # fmt: skip
 
 # Of these any three values stand together too: they cost few rows, and kernels branch on them.
@@ -161,8 +164,12 @@ RULES = (
     Rule({"mask": ("outer",), "bias": ("inner",)}, {"batch": ("6",)}, "both of them larger than 1"),
     Rule(
         {"q_offset": _but("q_offset", "default")},
-        {"causal": ("yes",), "window": _but("window", "none")},
-        "an offset places queries for causal or a window",
+        {
+            "causal": ("yes",),
+            "window": _but("window", "none"),
+            "alibi_slopes": _but("alibi_slopes", "none"),
+        },
+        "an offset places queries for causal, a window or ALiBi",
     ),
     Rule(
         {"q_offset": _but("q_offset", "default")},
@@ -237,6 +244,14 @@ RULES = (
         {"sinks": ("usual", "large")},
         {"logits": _but("logits", "below")},
         "beside a sink nothing is left of keys whose logits are near -100",
+    ),
+    Rule(
+        {"sinks": ("usual", "large")},
+        {
+            "bias": _but("bias", "floor"),
+            "lengths": _but("lengths", "1x1", "1x133", "1x4160"),
+        },
+        "beside a sink nothing is left of the first query's keys, which are all at -30000",
     ),
     Rule({"lengths": LONG}, {"batch": ("1", "2")}, "time and memory"),
     Rule({"lengths": ("1031x1300",)}, {"heads": ("1/1", "4/2")}, "time and memory"),

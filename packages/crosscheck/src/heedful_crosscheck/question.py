@@ -289,8 +289,10 @@ class Question:
 
         Of q, k and v, and of what is no operand, as it is.
         """
-        if name in AXES or name not in self.inputs.options:
+        if name not in self.inputs.options:
             return x
+        if name in AXES:
+            return x if x.size == self.inputs.options[name].size else x.sum(0, keepdims=True)
         lead = self._lead_of(self.inputs.options[name])
         if x.shape[0] == math.prod(lead):
             return x

@@ -167,6 +167,8 @@ def _attend_part(
     d_scores = weights * (d_weights - (delta - d_lse)[:, None])
     if part.bias is not None:
         add_over_broadcast(tensors["dbias"], part, d_scores)
+    if "dalibi_slopes" in tensors:
+        tensors["dalibi_slopes"][part.slopes] -= (part.distance * d_scores).sum()
     if "dsinks" in tensors:
         d_sink = (of_sink / divisor)[:, 0] * (d_lse - delta)
         tensors["dsinks"][0, part.queries[1]] += d_sink.sum()
@@ -237,5 +239,6 @@ def _scores(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The scores, −inf where nothing is seen, and the slope of the softcap at each; (rows, Sk)."""
     scores, slope = capped(problem, product)
-    scores = added(Operands(part.q, part.k, part.v, bias=part.bias), scores)
+    of_it = Operands(part.q, part.k, part.v, bias=part.bias, alibi_slopes=part.slope)
+    scores = added(of_it, part.distance, scores)
     return np.where(part.seen, scores, -np.inf), slope

@@ -31,6 +31,13 @@ def reasons(problem: Problem, device: Literal["gpu", "tpu"], module: str) -> lis
     return reasons or [why for why in [why_not_imported(module)] if why]
 
 
+def unasked(device: Literal["gpu", "tpu"]) -> str | None:
+    """Why the crosscheck leaves it alone unless it is named."""
+    if jax.default_backend() == device:
+        return None
+    return "it is interpreted here, and each kind of call is compiled for seconds"
+
+
 def words(problem: Problem, kernel: str) -> str:
     """What computes, in words."""
     how = "interpreted" if problem.platform == "cpu" else "compiled"

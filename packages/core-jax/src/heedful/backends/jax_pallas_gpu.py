@@ -58,6 +58,10 @@ class PallasGpuBackend:
         }
     )
 
+    @property
+    def unasked(self) -> str | None:
+        return jax_pallas.unasked("gpu")
+
     def reasons(self, problem: Problem) -> list[str]:
         reasons = []
         if problem.positional and problem.q_offset is None:

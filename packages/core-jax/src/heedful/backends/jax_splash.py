@@ -40,6 +40,10 @@ class SplashBackend:
     takes = FEATURES | {"grouped_heads", "return_lse", "scale", "sinks", "softcap", "value_dim"}
     lacks = MappingProxyType({"bias": "splash attention adds nothing to the scores"})
 
+    @property
+    def unasked(self) -> str | None:
+        return jax_pallas.unasked("tpu")
+
     def reasons(self, problem: Problem) -> list[str]:
         reasons = []
         if problem.dtype == "float16" and problem.platform == "tpu":

@@ -25,6 +25,7 @@ class Operands(NamedTuple):
         q_segment_ids: int32, (B, 1, Sq, 1).
         kv_segment_ids: int32, (B, 1, 1, Sk).
         sinks: floating, (1, Hq, 1, 1).
+        alibi_slopes: floating, (B or 1, Hq, 1, 1).
     """
 
     q: Array
@@ -38,6 +39,7 @@ class Operands(NamedTuple):
     q_segment_ids: Array | None = None
     kv_segment_ids: Array | None = None
     sinks: Array | None = None
+    alibi_slopes: Array | None = None
 
     @property
     def given(self) -> dict[str, Array]:

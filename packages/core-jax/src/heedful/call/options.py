@@ -280,9 +280,26 @@ def _read_window(window: Any, known: Known) -> dict[str, Any]:
     return {} if left is None and right is None else {"window": (left, right)}
 
 
+def _read_alibi_slopes(slopes: Array | None, known: Known) -> dict[str, Any]:
+    if slopes is None:
+        return {}
+    _check_floating("alibi_slopes", slopes, known)
+    lead, heads = known.form.lead, known.fields["q_heads"]
+    if shape_of(slopes) not in ((heads,), (*lead, heads)):
+        forms = " or ".join(dict.fromkeys((f"(Hq,) = {(heads,)}", f"(B, Hq) = {(*lead, heads)}")))
+        raise ValueError(
+            f"alibi_slopes must be one slope for each query head, {forms}. Got {shape_of(slopes)}."
+        )
+    return {"alibi_slopes": True}
+
+
+def _slopes_of_heads(slopes: Array, form: Form, problem: "Problem") -> Array:
+    return slopes.reshape(-1, problem.q_heads, 1, 1)
+
+
 def _read_q_offset(q_offset: Any, known: Known) -> dict[str, Any]:
     fields = known.fields
-    positional = fields["causal"] or "window" in fields
+    positional = fields["causal"] or "window" in fields or "alibi_slopes" in fields
     if q_offset is not None:
         _check_offset(q_offset, known.form.lead, positional)
         number = int(q_offset) if isinstance(q_offset, numbers.Integral) else None
@@ -307,9 +324,9 @@ def _is_another_alignment(problem: "Problem") -> bool:
 def _check_offset(q_offset: Any, lead: tuple[int, ...], positional: bool) -> None:
     if not positional:
         raise ValueError(
-            "q_offset places the queries for causal and window, and this call has neither. "
+            "q_offset places the queries for causal, window and ALiBi, and this call has none of them. "
             f"Got {shown(q_offset) if isinstance(q_offset, numbers.Number) else 'an array'}. "
-            "Leave it out, or pass causal= or window= too: no option is ignored."
+            "Leave it out, or pass causal=, window= or alibi_slopes= too: no option is ignored."
         )
     if is_integral(q_offset):
         return _check_offset_range(int(q_offset))
@@ -405,11 +422,7 @@ def _read_softcap(softcap: Any, known: Known) -> dict[str, Any]:
 def _read_sinks(sinks: Array | None, known: Known) -> dict[str, Any]:
     if sinks is None:
         return {}
-    if dtype_of(sinks) not in (known.dtype, known.accumulator):
-        raise TypeError(
-            f"sinks must be {' or '.join(sorted({known.dtype, known.accumulator}))} for {known.dtype} "
-            f"q, k, v. Got {dtype_of(sinks)}. Cast it: nothing here casts silently."
-        )
+    _check_floating("sinks", sinks, known)
     heads = known.fields["q_heads"]
     if shape_of(sinks) != (heads,):
         raise ValueError(
@@ -421,6 +434,14 @@ def _read_sinks(sinks: Array | None, known: Known) -> dict[str, Any]:
 
 def _sinks_of_heads(sinks: Array, form: Form, problem: "Problem") -> Array:
     return sinks[None, :, None, None]
+
+
+def _check_floating(name: str, x: Array, known: Known) -> None:
+    if dtype_of(x) not in (known.dtype, known.accumulator):
+        raise TypeError(
+            f"{name} must be {' or '.join(sorted({known.dtype, known.accumulator}))} for {known.dtype} "
+            f"q, k, v. Got {dtype_of(x)}. Cast it: nothing here casts silently."
+        )
 
 
 # What is returned, and how
@@ -474,6 +495,14 @@ OPTIONS = (  # in the order in which they are read
             "window_size": "window=(left, right), None for an open side",
             "local_window_size": "window=(left, right), None for an open side",
         },
+    ),
+    Option(
+        "alibi_slopes",
+        default=None,
+        read=_read_alibi_slopes,
+        asked=lambda problem: problem.alibi_slopes,
+        operand=_slopes_of_heads,
+        differentiable=True,
     ),
     Option(
         "q_offset",

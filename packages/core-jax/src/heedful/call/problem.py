@@ -23,6 +23,7 @@ class Problem:
         s_ij  = scale · q_i · k_j                    scale defaults to D^-½
         s_ij  = softcap · tanh(s_ij / softcap)       where softcap is given
         s_ij  = s_ij + bias_ij                       after softcap
+        s_ij  = s_ij − alibi_slopes_h · |p_i − j|    (ALiBi, Press et al. 2022, about any position)
         p_ij  = exp(s_ij − lse_i)                    over the keys j that query i sees
         out_i = Σ_j p_ij v_j
         lse_i = log Σ_j exp(s_ij)                    natural log, over the keys seen; with sinks the
@@ -30,8 +31,8 @@ class Problem:
 
     Position: query i stands at p_i = i + q_offset. By default q_offset = kv_length − q_length: the
     last query is aligned with the last key ("bottom-right"), per batch row where lengths are given.
-    `causal="top_left"` means q_offset = 0. An explicit q_offset wins over both; without causal or a
-    window it would change nothing, and is refused.
+    `causal="top_left"` means q_offset = 0. An explicit q_offset wins over both; without causal, a
+    window or ALiBi it would change nothing, and is refused.
 
     Visibility: query i sees key j when all of these say so:
         causal                     j ≤ p_i
@@ -52,7 +53,7 @@ class Problem:
 
     Precision: products accumulate in float32 (float64 for float64); out has q's dtype, lse is float32
     (float64) of shape (B, Hq, Sq) in either layout. out and lse are both differentiable in q, k, v,
-    bias and sinks.
+    bias, sinks and alibi_slopes.
 
     Compilation: a problem is what JAX backends compile for. New values of arrays, lengths among them,
     and of q_offset, a number or an array, never compile anew. A new scale, softcap or window does:
@@ -69,12 +70,12 @@ class Problem:
         causal: whether j ≤ p_i is asked; which alignment is q_offset's business.
         window: (left, right), or None.
         q_offset: the offset where it is one number known beforehand; None where it comes from the
-            operand `q_offset` or from the lengths. 0 where neither causal nor window asks for it.
+            operand `q_offset` or from the lengths. 0 where nothing asks for positions.
         q_offset_given: whether the caller gave it; a number `compiled` makes an operand.
         mask_shape, bias_shape: of the operands in canonical form, or None.
         bias_dtype: of bias, or None.
         q_lengths, kv_lengths, q_segment_ids, kv_segment_ids: whether they are given.
-        sinks: whether they are given.
+        sinks, alibi_slopes: whether they are given.
         return_lse: whether lse is asked for.
     """
 
@@ -102,6 +103,7 @@ class Problem:
     q_segment_ids: bool = False
     kv_segment_ids: bool = False
     sinks: bool = False
+    alibi_slopes: bool = False
     return_lse: bool = False
 
     @property
@@ -122,8 +124,8 @@ class Problem:
 
     @property
     def positional(self) -> bool:
-        """Whether the place of a query matters at all: causal or a window."""
-        return self.band != (None, None)
+        """Whether the place of a query matters at all: causal, a window or ALiBi."""
+        return self.alibi_slopes or self.band != (None, None)
 
     @property
     def accumulator(self) -> str:

@@ -147,7 +147,8 @@ def _of_added(
     seen_ds = clean(unfold_queries(problem, tiles, ds), tile.see)
 
     def sum_of(operands: dict[str, Array]) -> Array:
-        return added(tile.operands._replace(**operands), jnp.zeros_like(seen_ds))
+        at = tile.operands._replace(**operands)
+        return added(at, tile.distance, jnp.zeros_like(seen_ds))
 
     _, pull_back = jax.vjp(sum_of, at)
     (found,) = pull_back(seen_ds)

@@ -21,7 +21,7 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.flash.tiles import Tiles, count_up, cut, start
 from heedful.rules.place import Place
-from heedful.rules.scores import added, capped
+from heedful.rules.scores import added, capped, distance
 from heedful.rules.visibility import of_key_heads, visible
 
 
@@ -142,11 +142,13 @@ class Tile(NamedTuple):
     Attributes:
         place: its numbers.
         operands: those over the scores cut to it.
+        distance: see `rules.scores`.
         see: what is seen in it, (b, h·g, queries, keys), each axis full or 1; None: all.
     """
 
     place: Place
     operands: Operands
+    distance: Array | None
     see: Array | None
 
 
@@ -160,8 +162,9 @@ def tile_at(
     over_scores = given.operands.over_scores
     cuts = {name: cut_scores(problem, tiles, x, i, j) for name, x in over_scores.items()}
     operands = given.operands._replace(**cuts)
+    apart = distance(problem, operands, place)
     if not masked:
-        return Tile(place, operands, None)
+        return Tile(place, operands, apart, None)
     see = visible(problem, operands, place)
     if problem.kv_length % tiles.keys:  # the last tile overlaps the one before it: count keys once
         fresh = place.j >= j * tiles.keys
@@ -169,7 +172,7 @@ def tile_at(
     if problem.q_length % tiles.queries:
         fresh = place.i >= i * tiles.queries
         see = fresh if see is None else see & fresh
-    return Tile(place, operands, see)
+    return Tile(place, operands, apart, see)
 
 
 def seen_keys(problem: Problem, tiles: Tiles, see: Array | None) -> Array | None:
@@ -214,7 +217,7 @@ def scores(problem: Problem, tiles: Tiles, tile: Tile, q: Array, k: Array) -> Sc
         product = query_key(q, k)  # to scale a bfloat16 q would round it
         s = product * problem.scale
     s, slope = capped(problem, s)
-    s = added(tile.operands, unfold_queries(problem, tiles, s))
+    s = added(tile.operands, tile.distance, unfold_queries(problem, tiles, s))
     if tile.see is not None:
         s = jnp.where(tile.see, s, -jnp.inf)
     s = s.reshape(product.shape)

@@ -129,7 +129,7 @@ def _of_added(
 
     def sum_of(operands: dict[str, Array]) -> Array:
         all_of_them = tile.operands._replace(**operands)
-        return added(all_of_them, unfold_queries(problem, tiles, nothing))
+        return added(all_of_them, tile.distance, unfold_queries(problem, tiles, nothing))
 
     at = {name: getattr(tile.operands, name) for name in tangents}
     _, found = jax.jvp(sum_of, (wide(at, problem),), (wide(tangents, problem),))

@@ -1,4 +1,4 @@
-"""From scale · q kᵀ to scores: softcap, then what is added. JAX's arrays or NumPy's.
+"""From scale · q kᵀ to scores: softcap, then what is added: bias and ALiBi. JAX's arrays or NumPy's.
 
 The softcap's slope, 1 − tanh², is a difference of two numbers next to 1: at three times the cap it has
 lost five of seven digits. The same number as 4 e^(−2|x|) / (1 + e^(−2|x|))² loses none, and JAX is told
@@ -14,8 +14,10 @@ import numpy as np
 from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
+from heedful.rules.place import Place
+from heedful.rules.visibility import places
 
-FEATURES = frozenset({"scale", "softcap", "bias"})
+FEATURES = frozenset({"scale", "softcap", "bias", "alibi_slopes"})
 
 
 def capped(problem: Problem, scores: Array) -> tuple[Array, Array | None]:
@@ -29,15 +31,27 @@ def capped(problem: Problem, scores: Array) -> tuple[Array, Array | None]:
     return cap * tanh(ratio), slope(ratio)
 
 
-def added(operands: Operands, scores: Array) -> Array:
+def distance(problem: Problem, operands: Operands, place: Place) -> Array | None:
+    """|p_i − j| of a tile, integers, (b or 1, 1, rows, columns); None where no option asks."""
+    if operands.alibi_slopes is None:
+        return None
+    return abs(places(problem, operands, place) - place.j)
+
+
+def added(operands: Operands, distance: Array | None, scores: Array) -> Array:
     """The scores, capped, and all that is added to them.
 
     Args:
         operands: those over the scores cut to the tile, so that they broadcast beside it.
+        distance: of the tile.
         scores: of the tile; the answer has its dtype.
     """
     if operands.bias is not None:
         scores = scores + operands.bias.astype(scores.dtype)
+    if operands.alibi_slopes is not None:
+        assert distance is not None
+        slopes = operands.alibi_slopes.astype(scores.dtype)
+        scores = scores - slopes * distance.astype(scores.dtype)
     return scores
 
 

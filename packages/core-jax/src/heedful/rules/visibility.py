@@ -60,6 +60,12 @@ def q_offset(problem: Problem, operands: Operands) -> Any:
     return kv - (problem.q_length if operands.q_lengths is None else operands.q_lengths)
 
 
+def places(problem: Problem, operands: Operands, place: Place) -> Array:
+    """p_i, the queries' places among the keys, (b or 1, 1, rows, 1)."""
+    offset = q_offset(problem, operands)
+    return place.i + (offset if isinstance(offset, int) else _column(offset))
+
+
 def visible(problem: Problem, operands: Operands, place: Place) -> Array | None:
     """Which keys are seen: boolean, broadcastable to a tile of scores; None where all are.
 
@@ -71,8 +77,7 @@ def visible(problem: Problem, operands: Operands, place: Place) -> Array | None:
     left, right = problem.band
     conditions = []
     if problem.positional:
-        offset = q_offset(problem, operands)
-        p = place.i + (offset if isinstance(offset, int) else _column(offset))
+        p = places(problem, operands, place)
         if left is not None:
             conditions.append(place.j >= p - left)
         if right is not None:
