@@ -154,7 +154,10 @@ def tests_of(backend: str) -> list[list[str]]:
     """The contract's, run by run, and those of a package that only the backend's session has."""
     called_from_torch = ["tests/bridge/test_backends.py"]
     if backend.startswith("torch:flash-attn"):
-        return [[*called_from_torch, "tests/bridge/test_flash_attn.py"]]
+        tests = [*called_from_torch, "tests/bridge/test_flash_attn.py"]
+        if backend == "torch:flash-attn-2":  # whose names they are
+            tests.append("tests/bridge/test_flash_attn_names.py")
+        return [tests]
     if backend.startswith("torch:"):
         return [called_from_torch]
     own = ["tests/core/test_backends.py"]

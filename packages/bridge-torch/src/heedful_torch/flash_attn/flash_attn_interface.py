@@ -1,0 +1,210 @@
+"""flash-attn's functions of dense sequences, each a call of `heedful.attention`.
+
+Which backend computes is said from outside, by `heedful.use_backend` or HEEDFUL_BACKEND: no argument of
+flash-attn's says it. No argument is ignored: what no backend can do yet is refused.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import heedful
+from heedful import dispatch
+from heedful.call import Call
+from heedful_torch.function import outside_compilation
+
+OPEN = -1  # a side of a window
+
+Results = Tensor | tuple[Tensor, Tensor, None]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (OPEN, OPEN),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Results:
+    """Attention as flash-attn's function of this name means it.
+
+    Query i stands at p_i = i + Sk − Sq among the keys, in causal, window and ALiBi alike. Beyond what
+    flash-attn takes, float32, float64 and values of a head size of their own are left to the backend.
+
+    Args:
+        q: queries, (B, Sq, Hq, D).
+        k: keys, (B, Sk, Hkv, D), Hq a multiple of Hkv.
+        v: values, (B, Sk, Hkv, D).
+        dropout_p: 0.0; heedful has no dropout yet.
+        softmax_scale: factor of the scores, D^-½ by default.
+        causal: whether a query sees no key beyond p_i.
+        window_size: (left, right), how many keys each side of p_i it sees; −1 is an open side.
+        softcap: c of c·tanh(s/c); none where it is not positive.
+        alibi_slopes: float32, (Hq,) or (B, Hq): slope · |p_i − j| is taken off the scores.
+        deterministic: whether a backend is refused that does not claim that its gradients are the same,
+            bit for bit, each time; torch.compile breaks its graph to ask.
+        return_attn_probs: whether to return the log-sum-exp too.
+
+    Returns:
+        out (B, Sq, Hq, D); with `return_attn_probs` (out, softmax_lse, S_dmask). softmax_lse, of shape
+        (B, Hq, Sq), float32 (float64 for float64), is that of the scores above, differentiable, and −inf
+        where a query sees no key. (flash-attn drops its gradient, gives +inf or 0 there, and, by the
+        source of its CUDA kernels, slope · p_i more in a causal call with slopes.) S_dmask, which shows
+        what dropout dropped, is None.
+
+    Raises:
+        NotImplementedError: dropout is asked for.
+        TypeError, ValueError: an argument is none of those above; says what came and how to mend it.
+        Refusal: no backend that was asked can honour the call; says every reason.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_rank(name, x, "(B, S, H, D)")
+    if dropout_p != 0:
+        raise NotImplementedError(
+            f"heedful has no dropout yet: dropout_p must be 0.0. Got {dropout_p}. "
+            "In a module pass 0.0 where it does not train; to train, set its dropout to 0.0."
+        )
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window": _window(window_size),
+        "softcap": None if softcap <= 0 else softcap,
+        "scale": softmax_scale,
+        "alibi_slopes": _slopes(alibi_slopes, q),
+        "layout": "bshd",
+        "return_lse": return_attn_probs,
+    }
+    if deterministic:
+        _refuse_what_is_not_deterministic(q, k, v, options)
+    results: Any = heedful.attention(q, k, v, **options)
+    return (*results, None) if return_attn_probs else results
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (OPEN, OPEN),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Results:
+    """`flash_attn_func` of keys and values in one tensor, `kv` (B, Sk, 2, Hkv, D).
+
+    A backend of JAX copies its slices, and a `CopyWarning` says so.
+    """
+    k, v = _unpacked("kv", kv, 2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (OPEN, OPEN),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Results:
+    """`flash_attn_func` of queries, keys and values in one tensor, `qkv` (B, S, 3, H, D).
+
+    A backend of JAX copies its slices, and a `CopyWarning` says so.
+    """
+    q, k, v = _unpacked("qkv", qkv, 3)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def _check_rank(name: str, x: Tensor, axes: str) -> None:
+    if x.ndim != axes.count(",") + 1:
+        raise ValueError(
+            f"{name} must be {axes}. Got shape {tuple(x.shape)}. "
+            "Other ranks, and packed sequences, are for heedful.attention."
+        )
+
+
+def _unpacked(name: str, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    axes = f"(B, S, {parts}, H, D)"
+    _check_rank(name, x, axes)
+    if x.shape[2] != parts:
+        raise ValueError(
+            f"{name} must be {axes}. Got shape {tuple(x.shape)}. "
+            f"Stack the {parts} tensors (B, S, H, D) with torch.stack(..., dim=2)."
+        )
+    return x.unbind(2)
+
+
+def _window(window_size: Sequence[int]) -> tuple[int | None, int | None] | None:
+    if not (isinstance(window_size, Sequence) and len(window_size) == 2):
+        raise ValueError(
+            f"window_size must be a pair (left, right). Got {window_size!r}. "
+            "For no window pass (-1, -1)."
+        )
+    for side in window_size:
+        if side is None or side < OPEN:
+            raise ValueError(
+                f"window_size must hold integers of at least -1. Got {tuple(window_size)}. "
+                "An open side is -1."
+            )
+    left, right = (None if side == OPEN else side for side in window_size)
+    return None if left is None and right is None else (left, right)
+
+
+def _slopes(alibi_slopes: Tensor | None, q: Tensor) -> Tensor | None:
+    if alibi_slopes is None:
+        return None
+    if alibi_slopes.dtype != torch.float32:
+        raise TypeError(
+            f"alibi_slopes must be float32, whatever q is. Got {alibi_slopes.dtype}. "
+            "Pass alibi_slopes.float()."
+        )
+    # float64, which flash-attn does not have, takes the same numbers.
+    return alibi_slopes.double() if q.dtype == torch.float64 else alibi_slopes
+
+
+@outside_compilation
+def _refuse_what_is_not_deterministic(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> None:
+    chosen = dispatch.choose(Call.of(q, k, v, **options).problem)
+    if not getattr(chosen, "deterministic", False):
+        why = "does not claim that its gradients are the same, bit for bit, each time"
+        raise heedful.Refusal(
+            f"{chosen.name} {why}, which deterministic=True asks for. Leave it out, or choose another "
+            'backend around the call: with heedful.use_backend("jax:flash").',
+            {chosen.name: (why,)},
+        )
