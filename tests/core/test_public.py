@@ -33,9 +33,11 @@ PUBLIC = {
     "flash_attention",
     "plain_attention",
     "register",
+    "ring_attention",
     "unregister",
     "use_backend",
     "value_and_grad_difference",
+    "zigzag",
 }
 
 

@@ -13,6 +13,7 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.comparison import value_and_grad_difference
 from heedful.dispatch import Backend, Refusal, backends, register, unregister, use_backend
+from heedful.ring import ring_attention, zigzag
 
 __version__ = "0.1.0"
 
@@ -28,7 +29,9 @@ __all__ = [
     "flash_attention",
     "plain_attention",
     "register",
+    "ring_attention",
     "unregister",
     "use_backend",
     "value_and_grad_difference",
+    "zigzag",
 ]
