@@ -22,6 +22,7 @@ class TestOnnxRuntime(Contract, examples=60):
         "lse",
         "gradients",
         "sinks",
+        "alibi",
         "float64",
         "float16",
         "bfloat16",
@@ -60,6 +61,7 @@ class Tokamax(Promoting):
     accepts = EVERYTHING - {
         "lse",
         "sinks",
+        "alibi",
         "softcap",
         "together",
         "float16",
@@ -82,12 +84,14 @@ class TestTokamaxXla(Tokamax, examples=5):
 
 class TestTokamaxXlaChunked(Tokamax, examples=5):
     backend = "jax:tokamax-xla-chunked"
+    accepts = Tokamax.accepts - {"float64"}
 
 
 class TestSplash(Contract, examples=3):
     backend = "jax:splash"
     cases = ONE_OF_EACH_GROUP
     accepts = EVERYTHING - {
+        "alibi",
         "lse",
         "bias",
         "infinite bias",
@@ -112,6 +116,7 @@ class TestPallasGpu(Contract, examples=5):
         "mask",
         "lengths, causal",
         "sinks",
+        "alibi",
         "segments",
         "together",
         "no rows",
@@ -141,6 +146,7 @@ class TestNnXla(Promoting):
     accepts = EVERYTHING - {
         "lse",
         "sinks",
+        "alibi",
         "softcap",
         "value size",
         "together",

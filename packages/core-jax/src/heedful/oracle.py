@@ -11,7 +11,7 @@ silently: that is the caller's arithmetic, nothing to warn of here.
 It shares no rule with what it judges: which keys are seen it says in its own words.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,10 +91,7 @@ def gradients(
         if found.sinks is not None:  # the sink's weight, as any other, but of a value of 0
             mean = (weights * dweights).sum(axis=1)
             found.sinks[0, part.queries[1]] += (of_sink * (dlse[part.queries] - mean)).sum()
-        if found.alibi_slopes is not None:
-            found.alibi_slopes[part.slopes] -= (part.distance * dscores).sum()
-        if found.bias is not None:
-            add_over_broadcast(found.bias, part, dscores)
+        pull_back_added(part, dscores, found.given)
         dproduct = np.where(part.seen, problem.scale * slope * dscores, 0)
         found.q[part.queries] = _sum_over_seen(dproduct, part.seen, part.k)
         found.k[part.keys] += _sum_over_seen(dproduct.T, part.seen.T, part.q)
@@ -160,6 +157,14 @@ def _softmax_gradient(
     return np.where(seen, weights * (dweights - mean + dlse[:, None]), 0)
 
 
+def pull_back_added(part: "Part", dscores: np.ndarray, found: Mapping[str, np.ndarray]) -> None:
+    """Adds a part's share to the gradients of what is added to the scores, by name."""
+    if "bias" in found:
+        add_over_broadcast(found["bias"], part, dscores)
+    if "alibi_slopes" in found:
+        found["alibi_slopes"][part.slopes] -= (part.distance * dscores).sum()
+
+
 # The bookkeeping
 
 
@@ -189,6 +194,11 @@ class Part(NamedTuple):
     distance: np.ndarray
     sink: Any
     seen: np.ndarray
+
+    @property
+    def added(self) -> Operands:
+        """What is added to its scores, as the rule takes it."""
+        return Operands(self.q, self.k, self.v, bias=self.bias, alibi_slopes=self.slope)
 
 
 def parts(problem: Problem, operands: Operands, dtype: np.typing.DTypeLike) -> Iterator[Part]:

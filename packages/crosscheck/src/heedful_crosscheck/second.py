@@ -30,8 +30,9 @@ STEP = 1e-3
 LIMIT = {"float64": 1e-9, "float32": 4e-6, "float16": 3e-3, "bfloat16": 2e-2}
 WORST_ROW_TIMES, PROJECTION_TIMES = 4, 0.25
 
-# What frameworks say of a gradient that cannot be derived again: ours, JAX's of callbacks and of what has
-# a derivative in one direction alone, torch's of functions and of operators. In callbacks another exception carries the words of the first.
+# What frameworks say of a gradient that cannot be derived again: ours, JAX's of callbacks and of what
+# has derivatives in one direction, torch's of functions and of operators. In callbacks another
+# exception carries the words of the first.
 REFUSAL = re.compile(
     r"NotImplementedError:|has no second derivatives|(do|does) not support JVP|once_differentiable"
     r"|does\s+not\s+support\s+reverse-mode\s+autodiff"

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from heedful import Operands, Problem
-from heedful.oracle import Part, add_over_broadcast, parts
+from heedful.oracle import Part, parts, pull_back_added
 from heedful.rules.scores import added, capped
 
 Tensors = dict[str, np.ndarray]
@@ -165,10 +165,7 @@ def _attend_part(
             spread += np.sqrt((terms**2).sum(-1)) * UNIT_ROUNDOFF[problem.dtype]
         delta = delta + _alternating(delta.shape) * spread
     d_scores = weights * (d_weights - (delta - d_lse)[:, None])
-    if part.bias is not None:
-        add_over_broadcast(tensors["dbias"], part, d_scores)
-    if "dalibi_slopes" in tensors:
-        tensors["dalibi_slopes"][part.slopes] -= (part.distance * d_scores).sum()
+    pull_back_added(part, d_scores, {n.removeprefix("d"): x for n, x in tensors.items()})
     if "dsinks" in tensors:
         d_sink = (of_sink / divisor)[:, 0] * (d_lse - delta)
         tensors["dsinks"][0, part.queries[1]] += d_sink.sum()
@@ -239,6 +236,5 @@ def _scores(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The scores, −inf where nothing is seen, and the slope of the softcap at each; (rows, Sk)."""
     scores, slope = capped(problem, product)
-    of_it = Operands(part.q, part.k, part.v, bias=part.bias, alibi_slopes=part.slope)
-    scores = added(of_it, part.distance, scores)
+    scores = added(part.added, part.distance, scores)
     return np.where(part.seen, scores, -np.inf), slope

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
+from heedful.rules.scores import ADDED
 from heedful.rules.visibility import FEATURES
 from heedful_torch.backends.kernel import (
     Arguments,
@@ -115,7 +116,7 @@ class FlexAttention:
 
     name = "torch:flex"
     automatic = None
-    takes = FEATURES | {"bias", "grouped_heads", "return_lse", "scale", "softcap", "value_dim"}
+    takes = FEATURES | ADDED | {"grouped_heads", "return_lse", "scale", "softcap", "value_dim"}
 
     @property
     def deterministic(self) -> bool:

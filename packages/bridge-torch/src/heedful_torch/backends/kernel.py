@@ -34,6 +34,7 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
+from heedful.rules.scores import adding
 from heedful.rules.visibility import hiding
 from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.backends.score_mask import Span, additive_shape, score_mask, span_of
@@ -182,8 +183,12 @@ def limits(kernel: Kernel, problem: Problem, takes: Collection[str]) -> list[str
             needs.append("window" if problem.window else f"causal with a q_offset {offset}")
         if needs:
             reasons.append(f"this kernel takes no mask, which {' and '.join(needs)} would need")
-        if problem.bias_shape is not None and "bias" in takes:
-            reasons.append("this kernel takes no bias")
+        reasons += [f"this kernel takes no {name}" for name in adding(problem) if name in takes]
+    rounded = [name for name in adding(problem) if name != "bias" and name in takes]
+    if kernel.masks == "q" and problem.dtype != problem.accumulator and rounded:
+        reasons.append(
+            f"this kernel takes a mask of {problem.dtype}, which would round {' and '.join(rounded)}"
+        )
     if kernel.masks == "q" and problem.bias_dtype not in (None, problem.dtype):
         reasons.append(
             f"this kernel takes a bias of q's dtype, {problem.dtype}, not of {problem.bias_dtype}"
@@ -217,7 +222,7 @@ def score_bytes(kernel: Kernel, problem: Problem, scores: bool | None = None) ->
         found += (
             2 * itemsize * problem.batch * problem.q_heads * len(place.rows) * len(place.columns)
         )
-    asked = hiding(problem) or problem.bias_shape is not None
+    asked = hiding(problem) or adding(problem)
     if asked or not kernel.says(place):
         shape = additive_shape(problem, place)
         if 1 not in shape[2:]:
@@ -276,7 +281,7 @@ def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tenso
 
     factor, scale = _factors(problem)
     mask, how = None, How(scale, problem.softcap)
-    if hiding(problem) or problem.bias_shape is not None or not kernel.says(place):
+    if hiding(problem) or adding(problem) or not kernel.says(place):
         dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
         mask = score_mask(problem, operands, place, getattr(torch, dtype))
         q = torch.where(mask.sees, q, 0)

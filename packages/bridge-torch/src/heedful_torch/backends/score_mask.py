@@ -7,9 +7,9 @@ Each part is done as early as it is known:
   future.
 - There too it is known whether the rest is nothing, or what a kernel's own arguments say, a causal
   diagonal or a window: then no mask is made.
-- Everything else becomes one additive mask: 0 or the bias where a key is seen, -inf where not. It
-  has an axis only where a condition has one (padding alone is (B, 1, 1, Sk)), but causal, windows and
-  full masks bring (Sq, Sk): that is memory, and the price of these kernels.
+- Everything else becomes one additive mask: 0, or bias and ALiBi, where a key is seen, -inf where
+  not. It has an axis only where a condition has one (padding alone is (B, 1, 1, Sk)), but causal,
+  windows, full masks and ALiBi bring (Sq, Sk): that is memory, and the price of these kernels.
 
 No kernel is ever shown an empty row, since each makes something else of one: 0, NaN, the mean of V.
 The mask lets a query that sees nothing attend to everything, and its answer is thrown away. What
@@ -28,6 +28,7 @@ from torch import Tensor
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.place import Place
+from heedful.rules.scores import added, adding, distance
 from heedful.rules.visibility import hiding, of_key_heads, visible
 
 
@@ -78,8 +79,7 @@ def span_of(problem: Problem) -> Span:
 def additive_shape(problem: Problem, span: Span) -> tuple[int, ...]:
     """The shape of `score_mask`'s additive mask, from the problem alone."""
     differing = list(hiding(problem).values())
-    if problem.bias_shape is not None:
-        differing.append(problem.bias_shape)
+    differing += adding(problem).values()
     if span.hides != "nothing":
         batch = problem.batch if problem.q_offset is None else 1
         differing.append((batch, 1, problem.q_length, problem.kv_length))
@@ -94,7 +94,7 @@ class ScoreMask(NamedTuple):
 
     Attributes:
         additive: added to the scores, each axis full or 1 of (B, Hq, rows, columns), contiguous,
-            differentiable in the bias. For a query that sees nothing it hides nothing.
+            differentiable in what it is made of. For a query that sees nothing it hides nothing.
         sees: whether a query sees any key, each axis full or 1 of (B, Hq, rows, 1).
         seen: whether a key is seen by any query, each axis full or 1 of (B, Hkv, columns, 1).
     """
@@ -116,10 +116,9 @@ def score_mask(problem: Problem, operands: Operands, span: Span, dtype: torch.dt
     visibility = visible(problem, operands, place)
     if visibility is None:
         visibility = rows.new_ones(1, 1, 1, 1, dtype=torch.bool)
-    nothing = rows.new_zeros((), dtype=dtype)
-    bias = nothing
-    if operands.bias is not None:
-        bias = operands.bias.to(dtype)
+    nothing = bias = rows.new_zeros((), dtype=dtype)
+    if adding(problem):
+        bias = added(operands, distance(problem, operands, place), nothing)
         visibility = visibility & (bias.detach() != -torch.inf)
     if not span.columns:
         visibility = visibility[..., :0]  # of no keys, none is seen

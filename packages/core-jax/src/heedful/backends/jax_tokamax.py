@@ -26,6 +26,7 @@ class TokamaxBackend:
 
     automatic = None
     takes = jax_nn.TAKES | {"softcap", "value_dim"}
+    unasked = "tokamax takes seconds to compile each kind of call"
     lacks = MappingProxyType({"return_lse": "tokamax.dot_product_attention returns no log-sum-exp"})
 
     def __init__(self, implementation: Implementation):
@@ -38,6 +39,8 @@ class TokamaxBackend:
             reasons.append(f"this implementation runs on GPUs; q lies on {problem.platform}")
         if problem.softcap is not None and problem.bias_shape is not None:
             reasons.append("tokamax caps the scores after the bias, not before it")
+        if problem.dtype == "float64" and self.implementation == "xla_chunked":
+            reasons.append("tokamax sums chunks in float32: of float64, it raises for several")
         if 0 in (problem.batch, problem.q_length, problem.kv_length):
             reasons.append("tokamax takes no empty arrays")
         reasons += jax_nn.half_limits("tokamax.dot_product_attention", problem)

@@ -96,6 +96,11 @@ def broadcast_to(x: Array, shape: tuple[int, ...]) -> Array:
     return np.broadcast_to(x, shape)
 
 
+def cast_like(x: Array, other: Array) -> Array:
+    """The array in another one's dtype."""
+    return x.to(other.dtype) if framework_of(x) == "torch" else x.astype(other.dtype)
+
+
 def as_int32(x: Array) -> Array:
     """The array in int32."""
     return x.int() if framework_of(x) == "torch" else x.astype("int32")

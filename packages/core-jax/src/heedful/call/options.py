@@ -290,16 +290,17 @@ def _read_alibi_slopes(slopes: Array | None, known: Known) -> dict[str, Any]:
         raise ValueError(
             f"alibi_slopes must be one slope for each query head, {forms}. Got {shape_of(slopes)}."
         )
-    return {"alibi_slopes": True}
+    rows = math.prod(shape_of(slopes)[:-1])
+    return {"alibi_shape": (rows, heads, 1, 1)}
 
 
 def _slopes_of_heads(slopes: Array, form: Form, problem: "Problem") -> Array:
-    return slopes.reshape(-1, problem.q_heads, 1, 1)
+    return slopes.reshape(problem.alibi_shape)
 
 
 def _read_q_offset(q_offset: Any, known: Known) -> dict[str, Any]:
     fields = known.fields
-    positional = fields["causal"] or "window" in fields or "alibi_slopes" in fields
+    positional = fields["causal"] or "window" in fields or "alibi_shape" in fields
     if q_offset is not None:
         _check_offset(q_offset, known.form.lead, positional)
         number = int(q_offset) if isinstance(q_offset, numbers.Integral) else None
@@ -500,7 +501,7 @@ OPTIONS = (  # in the order in which they are read
         "alibi_slopes",
         default=None,
         read=_read_alibi_slopes,
-        asked=lambda problem: problem.alibi_slopes,
+        asked=lambda problem: problem.alibi_shape is not None,
         operand=_slopes_of_heads,
         differentiable=True,
     ),

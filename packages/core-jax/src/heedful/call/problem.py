@@ -72,10 +72,10 @@ class Problem:
         q_offset: the offset where it is one number known beforehand; None where it comes from the
             operand `q_offset` or from the lengths. 0 where nothing asks for positions.
         q_offset_given: whether the caller gave it; a number `compiled` makes an operand.
-        mask_shape, bias_shape: of the operands in canonical form, or None.
+        mask_shape, bias_shape, alibi_shape: of the operands in canonical form, or None.
         bias_dtype: of bias, or None.
         q_lengths, kv_lengths, q_segment_ids, kv_segment_ids: whether they are given.
-        sinks, alibi_slopes: whether they are given.
+        sinks: whether they are given.
         return_lse: whether lse is asked for.
     """
 
@@ -98,12 +98,12 @@ class Problem:
     mask_shape: tuple[int, ...] | None = None
     bias_shape: tuple[int, ...] | None = None
     bias_dtype: str | None = None
+    alibi_shape: tuple[int, ...] | None = None
     q_lengths: bool = False
     kv_lengths: bool = False
     q_segment_ids: bool = False
     kv_segment_ids: bool = False
     sinks: bool = False
-    alibi_slopes: bool = False
     return_lse: bool = False
 
     @property
@@ -125,7 +125,7 @@ class Problem:
     @property
     def positional(self) -> bool:
         """Whether the place of a query matters at all: causal, a window or ALiBi."""
-        return self.alibi_slopes or self.band != (None, None)
+        return self.alibi_shape is not None or self.band != (None, None)
 
     @property
     def accumulator(self) -> str:

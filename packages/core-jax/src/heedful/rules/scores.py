@@ -1,4 +1,6 @@
-"""From scale · q kᵀ to scores: softcap, then what is added: bias and ALiBi. JAX's arrays or NumPy's.
+"""From scale · q kᵀ to scores: softcap, then what is added, bias and ALiBi. For JAX and NumPy.
+
+What is added is written with operators alone, for torch too.
 
 The softcap's slope, 1 − tanh², is a difference of two numbers next to 1: at three times the cap it has
 lost five of seven digits. The same number as 4 e^(−2|x|) / (1 + e^(−2|x|))² loses none, and JAX is told
@@ -11,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heedful.call.arrays import Array
+from heedful.call.arrays import Array, cast_like
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.place import Place
 from heedful.rules.visibility import places
 
-FEATURES = frozenset({"scale", "softcap", "bias", "alibi_slopes"})
+ADDED = frozenset({"bias", "alibi_slopes"})
+FEATURES = ADDED | {"scale", "softcap"}
 
 
 def capped(problem: Problem, scores: Array) -> tuple[Array, Array | None]:
@@ -29,6 +32,17 @@ def capped(problem: Problem, scores: Array) -> tuple[Array, Array | None]:
     if isinstance(scores, np.ndarray):
         return cap * np.tanh(ratio), _slope_of_tanh(ratio, np)
     return cap * tanh(ratio), slope(ratio)
+
+
+def adding(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """What is added to the scores, by option; each axis full or 1 of (B, Hq, Sq, Sk)."""
+    found = {}
+    if problem.bias_shape is not None:
+        found["bias"] = problem.bias_shape
+    if problem.alibi_shape is not None:
+        rows = problem.alibi_shape[0] if problem.q_offset is not None else problem.batch
+        found["alibi_slopes"] = (rows, problem.q_heads, problem.q_length, problem.kv_length)
+    return found
 
 
 def distance(problem: Problem, operands: Operands, place: Place) -> Array | None:
@@ -47,11 +61,10 @@ def added(operands: Operands, distance: Array | None, scores: Array) -> Array:
         scores: of the tile; the answer has its dtype.
     """
     if operands.bias is not None:
-        scores = scores + operands.bias.astype(scores.dtype)
+        scores = scores + cast_like(operands.bias, scores)
     if operands.alibi_slopes is not None:
         assert distance is not None
-        slopes = operands.alibi_slopes.astype(scores.dtype)
-        scores = scores - slopes * distance.astype(scores.dtype)
+        scores = scores - cast_like(operands.alibi_slopes, scores) * cast_like(distance, scores)
     return scores
 
 

@@ -183,12 +183,11 @@ CASES = [
     case("alibi", "an offset each", q_offset=lengths(3, -1), alibi_slopes=normal(2, 2)),
     case(
         "alibi",
-        "lengths, window, bias and softcap",
+        "lengths, window and bias",
         q_lengths=lengths(5, 2),
         kv_lengths=lengths(4, 7),
         window=(3, 2),
         bias=normal(2, 2, 5, 7),
-        softcap=1.0,
         alibi_slopes=normal(2),
     ),
     case("alibi", "several hundred", B=1, Sq=300, Sk=310, alibi_slopes=np.array([0.1, 0.02])),

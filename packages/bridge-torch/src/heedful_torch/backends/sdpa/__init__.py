@@ -5,7 +5,8 @@ one kernel. What SDPA does around these operators, and what the contract asks be
 `heedful_torch.backends.kernel`.
 """
 
+from heedful.rules.scores import ADDED
 from heedful.rules.visibility import FEATURES
 
-TAKES = FEATURES | {"bias", "grouped_heads", "return_lse", "scale", "value_dim"}
+TAKES = FEATURES | ADDED | {"grouped_heads", "return_lse", "scale", "value_dim"}
 LACKS = {"softcap": "no kernel of SDPA has a softcap; jax:flash has"}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
+from heedful.rules.scores import adding
 from heedful.rules.visibility import hiding
 from heedful_torch.backends.kernel import (
     Arguments,
@@ -113,7 +114,7 @@ class SdpaEfficient:
         capability = (8, 0) if problem.dtype == "bfloat16" else (5, 0)
         dtypes = ("float32", "float16", "bfloat16")
         reasons = cuda_limits(problem, dtypes, capability) + limits(KERNEL, problem, self.takes)
-        hides = hiding(problem) or problem.bias_shape or span_of(problem).hides != "nothing"
+        hides = hiding(problem) or adding(problem) or span_of(problem).hides != "nothing"
         if hides and max(problem.q_length, problem.kv_length) > LONGEST_MASKED:
             reasons.append(
                 f"with a mask this kernel is wrong on lengths over {LONGEST_MASKED}, silently "
