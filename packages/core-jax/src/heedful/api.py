@@ -24,6 +24,7 @@ def attention(
     bias: Array | None = None,
     causal: bool | Literal["top_left"] = False,
     window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Array | None = None,
     q_offset: int | Array | None = None,
     q_lengths: Array | None = None,
     kv_lengths: Array | None = None,
@@ -32,7 +33,6 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
     layout: Literal["bhsd", "bshd"] = "bhsd",
     return_lse: bool = False,
     **unknown: Never,
@@ -54,6 +54,8 @@ def attention(
         bias: added to the scores, broadcastable to (B, Hq, Sq, Sk); differentiable.
         causal: False, True (the last query sees the last key) or "top_left" (query i sees keys ≤ i).
         window: (left, right): how many keys each side of its own place a query sees, None for open.
+        alibi_slopes: (Hq,) or (B, Hq), of each query head the slope m of ALiBi: m · |p_i − j| is taken
+            off the scores, p_i the place of query i among the keys; differentiable.
         q_offset: the place of query 0 among the keys, an integer or one for each batch row; no new value
             compiles anew.
         q_lengths: (B,) integers, how many queries of each batch row are real.
@@ -65,8 +67,6 @@ def attention(
         softcap: c of c·tanh(s/c), applied before bias.
         sinks: (Hq,), a logit for each query head that takes weight and gives nothing, as in gpt-oss;
             differentiable.
-        alibi_slopes: (Hq,) or (B, Hq), of each query head the slope m of ALiBi: m · |p_i − j| is taken
-            off the scores, p_i the place of query i among the keys; differentiable.
         layout: "bhsd" (PyTorch SDPA, ONNX) or "bshd" (jax.nn, flash-attn), for q, k, v and out.
         return_lse: whether to return the log-sum-exp of the scores too.
 
@@ -83,6 +83,7 @@ def attention(
         "bias": bias,
         "causal": causal,
         "window": window,
+        "alibi_slopes": alibi_slopes,
         "q_offset": q_offset,
         "q_lengths": q_lengths,
         "kv_lengths": kv_lengths,
@@ -91,7 +92,6 @@ def attention(
         "scale": scale,
         "softcap": softcap,
         "sinks": sinks,
-        "alibi_slopes": alibi_slopes,
         "layout": layout,
         "return_lse": return_lse,
         **unknown,  # which the checks refuse by name
