@@ -31,6 +31,7 @@ PUBLIC = {
     "causal_flash_attention",
     "explain",
     "flash_attention",
+    "flash_attention_varlen",
     "plain_attention",
     "register",
     "ring_attention",

@@ -14,6 +14,7 @@ from heedful.call.problem import Problem
 from heedful.comparison import value_and_grad_difference
 from heedful.dispatch import Backend, Refusal, backends, register, unregister, use_backend
 from heedful.ring import ring_attention, zigzag
+from heedful.varlen import flash_attention_varlen
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "causal_flash_attention",
     "explain",
     "flash_attention",
+    "flash_attention_varlen",
     "plain_attention",
     "register",
     "ring_attention",

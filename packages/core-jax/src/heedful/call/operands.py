@@ -21,7 +21,8 @@ class Operands(NamedTuple):
         bias: floating, over the scores.
         q_lengths: int32, (B,).
         kv_lengths: int32, (B,).
-        q_offset: int32, (B,) or (1,); only where the problem holds no number.
+        q_offset: int32, (B,) or (1,); only where the problem holds no number. For `jax:flash` and
+            `jax:plain` also (B or 1, 1, Sq, 1), one for each query, which packed sequences need.
         q_segment_ids: int32, (B, 1, Sq, 1).
         kv_segment_ids: int32, (B, 1, 1, Sk).
         sinks: floating, (1, Hq, 1, 1).

@@ -51,7 +51,10 @@ def _column(per_batch: Array) -> Array:
 
 
 def q_offset(problem: Problem, operands: Operands) -> Any:
-    """The place of query 0 among the keys: a number, or (B,) where rows differ."""
+    """The place of query 0 among the keys: a number, or (B,) where rows differ.
+
+    Where each query has one of its own it is (B or 1, 1, Sq, 1), or cut to a tile, and taken from there.
+    """
     if problem.q_offset is not None:
         return problem.q_offset
     if operands.q_offset is not None:
@@ -63,7 +66,12 @@ def q_offset(problem: Problem, operands: Operands) -> Any:
 def places(problem: Problem, operands: Operands, place: Place) -> Array:
     """p_i, the queries' places among the keys, (b or 1, 1, rows, 1)."""
     offset = q_offset(problem, operands)
-    return place.i + (offset if isinstance(offset, int) else _column(offset))
+    beside_scores = isinstance(offset, int) or _of_each_query(offset)
+    return place.i + (offset if beside_scores else _column(offset))
+
+
+def _of_each_query(offset: Any) -> bool:
+    return not isinstance(offset, int) and len(offset.shape) == 4
 
 
 def visible(problem: Problem, operands: Operands, place: Place) -> Array | None:
@@ -136,9 +144,16 @@ def reach(
     """
     last = first + size - 1
     left, right = problem.band
-    offset = q_offset(problem, operands) if problem.positional else 0
+    offset: Any = q_offset(problem, operands) if problem.positional else 0
     own_segments, segments = operands.q_segment_ids, operands.kv_segment_ids
     own_lengths, lengths, length = operands.q_lengths, operands.kv_lengths, problem.kv_length
+    first_own, last_own = first, last
+    if by_query := _of_each_query(offset):
+        offset = offset[:, 0, :, 0]
+        if along == "keys":
+            # Places in no order: the outermost may be those of any query.
+            first_own = last_own = first + jnp.arange(size, dtype=jnp.int32)[None]
+            offset = lax.dynamic_slice_in_dim(offset, first, size, axis=1)
     if along == "queries":
         left, right, offset = right, left, -offset
         own_lengths, lengths, length = operands.kv_lengths, operands.q_lengths, problem.q_length
@@ -147,12 +162,16 @@ def reach(
     high: Any = length
     clear_low: Any = 0
     clear_high: Any = length
+    met = []
+    if by_query and along == "queries":
+        met += _of_places(-offset, first, last, left, right)
+        left, right = None, None
     if left is not None:
-        low = jnp.min(first + offset - left)
-        clear_low = jnp.max(last + offset - left)
+        low = jnp.min(first_own + offset - left)
+        clear_low = jnp.max(last_own + offset - left)
     if right is not None:
-        clear_high = jnp.minimum(clear_high, jnp.min(first + offset + right) + 1)
-        high = jnp.minimum(high, jnp.max(last + offset + right) + 1)
+        clear_high = jnp.minimum(clear_high, jnp.min(first_own + offset + right) + 1)
+        high = jnp.minimum(high, jnp.max(last_own + offset + right) + 1)
     if lengths is not None:
         clear_high = jnp.minimum(clear_high, jnp.min(lengths))
         high = jnp.minimum(high, jnp.max(lengths))
@@ -160,22 +179,47 @@ def reach(
         clear_high = jnp.where(last < jnp.min(own_lengths), clear_high, 0)
         high = jnp.where(first < jnp.max(own_lengths), high, 0)
     if own_segments is not None and segments is not None:
-        begin, end = _of_segments(own_segments, segments, first, size)
+        met.append(_of_segments(own_segments, segments, first, size))
+    if met:
+        begin, end = _extent(reduce(operator.and_, met))
         low, high = jnp.maximum(low, begin), jnp.minimum(high, end)
-    if hiding(problem).keys() - {"q_lengths", "kv_lengths"}:
+    known = along == "keys" or not by_query
+    if not known or hiding(problem).keys() - {"q_lengths", "kv_lengths"}:
         return Reach(low, high, clear_low, None)
     return Reach(low, high, clear_low, clear_high)
 
 
-def _of_segments(own: Array, others: Array, first: Array, size: int) -> tuple[Array, Array]:
-    """From where to where there are segments between the least and the greatest of a tile's.
+def _of_segments(own: Array, others: Array, first: Array, size: int) -> Array:
+    """Which are of segments between the least and the greatest of a tile's, (B, ·).
 
     Of sequences packed one after the other that is no more than its own segments.
     """
     own, others = (x.reshape(len(x), -1) for x in (own, others))
     tile = lax.dynamic_slice_in_dim(own, first, size, axis=1)
     least, greatest = tile.min(axis=1, keepdims=True), tile.max(axis=1, keepdims=True)
-    met = ((others >= least) & (others <= greatest)).any(axis=0)
+    return (others >= least) & (others <= greatest)
+
+
+def _of_places(
+    offset: Array, first: Array, last: Array, left: int | None, right: int | None
+) -> list[Array]:
+    """Which queries stand where somebody sees keys from `first` to `last`: two conditions, (B, Sq) each.
+
+    For queries with an offset of their own, (B, Sq), whose places are in no order: a sequence of more
+    queries than keys begins in front of its first key.
+    """
+    p = jnp.arange(offset.shape[1], dtype=jnp.int32)[None] + offset
+    met = []
+    if left is not None:
+        met.append(p >= first - left)
+    if right is not None:
+        met.append(p <= last + right)
+    return met
+
+
+def _extent(met: Array) -> tuple[Array, Array]:
+    """From where to where any batch row has something."""
+    met = met.any(axis=0)
     begin, behind = jnp.argmax(met), jnp.argmax(met[::-1])
     end = jnp.where(met.any(), len(met) - behind, 0)
     return begin.astype(jnp.int32), end.astype(jnp.int32)
