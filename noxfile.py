@@ -110,10 +110,15 @@ def core(session: nox.Session) -> None:
     """Test heedful and its judge with no torch installed, on two generations of JAX."""
     install(session, "packages/core-jax", "packages/crosscheck", *TEST_TOOLS)
     session.env.update(compiled(session))
-    # Backends are held to the contract in sessions of their own, by the older JAX; here by the newer
-    # one, which Python 3.12 and 3.13 share, once.
-    contract = [] if session.python == "3.12" else ["--ignore=tests/core/test_backends.py"]
-    session.run(*PYTEST, "tests/core", "tests/crosscheck", *contract, *session.posargs)
+    contract = "tests/core/test_backends.py"
+    left = [f"--ignore={contract}"]
+    if session.python == "3.13":  # it has 3.12's JAX, which has cut programs over devices there
+        left += ["--ignore=tests/core/test_ring.py", "--ignore=tests/core/test_sharding.py"]
+    session.run(*PYTEST, "tests/core", "tests/crosscheck", *left, *session.posargs)
+    # Backends are held to the contract in sessions of their own, by the older JAX; by the newer one
+    # here, those that it computes.
+    if session.python == "3.12":
+        session.run(*PYTEST, contract, "-k", "Flash or Plain or NnXla", *session.posargs)
 
 
 @nox.session(python="3.11", default=False)

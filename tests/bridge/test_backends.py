@@ -8,13 +8,13 @@ from heedful_crosscheck.contract.cases import EVERYTHING, ONE_OF_EACH_GROUP
 from heedful_crosscheck.torch_caller import TorchCaller
 
 
-class TestSdpaMath(Contract, examples=100):
+class TestSdpaMath(Contract, examples=60):
     backend = "torch:sdpa-math"
     caller = TorchCaller(on_gpu=False)
     accepts = EVERYTHING - {"lse", "sinks", "softcap", "together"}
 
 
-class TestSdpaFlash(Contract, examples=100):
+class TestSdpaFlash(Contract, examples=60):
     backend = "torch:sdpa-flash"
     caller = TorchCaller(on_gpu=False)
     accepts = EVERYTHING - {"sinks", "softcap", "together"}
@@ -43,7 +43,7 @@ class TestFlexCompiled(Contract, examples=1):
     # torch.compile's own use of torch.jit
     pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
     # Each is compiled, which takes seconds.
-    cases = tuple(case for case in ONE_OF_EACH_GROUP if case.group in ("together", "bfloat16"))
+    cases = tuple(case for case in ONE_OF_EACH_GROUP if case.group == "together")
 
 
 class TestZentorch(Contract, examples=30):

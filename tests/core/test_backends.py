@@ -11,7 +11,7 @@ from heedful_crosscheck.contract import REQUIRED, Contract
 from heedful_crosscheck.contract.cases import CASES, EVERYTHING, ONE_OF_EACH_GROUP
 
 
-class TestOracle(Contract, examples=100):
+class TestOracle(Contract, examples=60):
     backend = "numpy:oracle"
     strict = True
 
