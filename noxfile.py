@@ -131,7 +131,10 @@ def environment(session: nox.Session) -> None:
 def bridge(session: nox.Session) -> None:
     """Test heedful-torch, but for its backends, which have sessions of their own."""
     session.env.update(compiled(session))
-    own = ("--ignore=tests/bridge/test_backends.py", "--ignore-glob=tests/bridge/test_flash_attn*.py")
+    own = (
+        "--ignore=tests/bridge/test_backends.py",
+        "--ignore-glob=tests/bridge/test_flash_attn*.py",
+    )
     run(session, *PYTEST, "tests/bridge", *own, *session.posargs)
 
 
