@@ -222,6 +222,20 @@ def test_new_lengths_neither_trace_nor_compile():
     assert not counts["traced"] and not counts["compiled"]
 
 
+def test_an_exported_program_is_right_for_any_number_of_tokens():
+    of_q, of_k = jax.export.symbolic_shape("q, k")
+    (q, k, v, cu_q, cu_k), *_ = ask()
+
+    def gradients(q, k, v, cu_q, cu_k):
+        attend = partial(heedful.flash_attention_varlen, causal=True)
+        return jax.grad(lambda *x: jnp.sin(attend(*x, cu_q, cu_k)[0]).sum(), (0, 1, 2))(q, k, v)
+
+    sizes = zip((q, k, v), (of_q, of_k, of_k), strict=True)
+    shapes = [jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for x, n in sizes]
+    program = jax.export.export(jax.jit(gradients))(*shapes, cu_q, cu_k)
+    assert_close(program.call(q, k, v, cu_q, cu_k), gradients(q, k, v, cu_q, cu_k))
+
+
 # Which tiles are visited
 
 

@@ -101,7 +101,7 @@ def packed(
 ) -> Call:
     """The call of one row that packed sequences are; `OFFSETS` among its arrays where they matter."""
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    totals = len(q), len(k)
+    totals = q.shape[0], k.shape[0]
     top_left = isinstance(options["causal"], str)
     if isinstance(q, np.ndarray):
         rows = _rows(*totals, top_left, cu_seqlens_q, cu_seqlens_k, np)
@@ -196,8 +196,8 @@ def _check(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Arra
             f"{shapes['cu_seqlens_q']} and {shapes['cu_seqlens_k']}. "
             "Of lengths it is numpy.cumsum([0, *lengths])."
         )
-    for name, x in cumulated.items():
-        _check_values(name, x, *(("q", len(q)) if name == "cu_seqlens_q" else ("k", len(k))))
+    _check_values("cu_seqlens_q", cu_seqlens_q, "q", shapes["q"][0])
+    _check_values("cu_seqlens_k", cu_seqlens_k, "k", shapes["k"][0])
 
 
 def _check_values(name: str, cumulated: Array, of: str, total: int) -> None:

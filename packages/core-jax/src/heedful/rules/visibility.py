@@ -221,5 +221,5 @@ def _extent(met: Array) -> tuple[Array, Array]:
     """From where to where any batch row has something."""
     met = met.any(axis=0)
     begin, behind = jnp.argmax(met), jnp.argmax(met[::-1])
-    end = jnp.where(met.any(), len(met) - behind, 0)
+    end = jnp.where(met.any(), met.shape[0] - behind, 0)
     return begin.astype(jnp.int32), end.astype(jnp.int32)
