@@ -78,7 +78,10 @@ def install(session: nox.Session, *requirements: str, env: dict[str, str] | None
 
 def compiled(session: nox.Session) -> dict[str, str]:
     """Where JAX keeps what it has compiled, and that it keeps it all."""
-    return {"JAX_COMPILATION_CACHE_DIR": str(session.cache_dir.parent / "compiled")} | COMPILED
+    folder = (
+        session.cache_dir.parent / "compiled"
+    ).absolute()  # for tests that go to another folder
+    return {"JAX_COMPILATION_CACHE_DIR": str(folder)} | COMPILED
 
 
 def shared_folder(session: nox.Session) -> Path:

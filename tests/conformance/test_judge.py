@@ -36,7 +36,7 @@ REDUCED = (
     ("softcap-bias", "large-logits"),
     ("tiny", "one-key", "long-causal"),
     ("from-torch", "from-jax-masked"),
-    ("combination-130", "combination-140"),
+    ("combination-173", "combination-135"),
     ("minilm-layer0",),
 )
 

@@ -288,7 +288,7 @@ def test_the_oracle_and_the_judge_import_no_rule_of_the_kernels():
         "Operands",
         "Problem",
         "Part",
-        "add_over_broadcast",
+        "pull_back_added",
         "added",
         "capped",
         "parts",

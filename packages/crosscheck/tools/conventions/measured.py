@@ -44,7 +44,7 @@ def ask(
         return function.ask(tuple(vars(case).values()), dtype, differentiate, options)
     except ImportError:
         raise  # it was not asked at all
-    except Exception as error:
+    except Exception as error:  # whatever it raises is its answer
         asked = ", ".join([dtype, *options, *["gradients"] * differentiate])
         first = f"{type(error).__name__}: {error}".split("\n")[0]
         print(f"{function.name}: {asked}: {first}", file=sys.stderr)
