@@ -151,9 +151,8 @@ def test_checkpoints_side_by_side_have_their_own(ran, reentrant):
     assert ran == ["two", "three", "one", "one", "three", "two"]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:None of the inputs have requires_grad"
-)  # in a reentrant first pass
+# In a reentrant first pass.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("inner", [True, False])
 def test_a_checkpoint_in_a_checkpoint(ran, reentrant, inner):
     def nested(x):

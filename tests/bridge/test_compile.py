@@ -29,9 +29,8 @@ OPTIONS = {
 def afresh():
     torch._dynamo.reset()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch warns of its own graph breaks and of what it imports
+        # torch warns of its own graph breaks and of what it imports.
+        warnings.simplefilter("ignore")
         yield
 
 

@@ -19,7 +19,7 @@ from heedful.call import Call
 from heedful_crosscheck.contract import REQUIRED
 from heedful_torch.backends.flash_attn import four, three, two
 from heedful_torch.backends.kernel import attend, limits
-from heedful_torch.worker import Worker, WorkerError
+from heedful_torch.worker import WorkerError
 
 NAME = "torch:flash-attn-2"
 needs_flash_attn = pytest.mark.skipif(
@@ -109,49 +109,23 @@ def test_a_broken_flash_attn_changes_nothing_but_one_reason(tmp_path, text, said
 # What is the same as the package's own
 
 
-PUBLIC = """
-import torch
-from heedful_torch.backends.flash_attn.interpreted_2 import load
-from heedful_torch.worker import serve
-
-def public(q, k, v, dout, causal):
-    from flash_attn import flash_attn_func
-
-    arrays = [x.requires_grad_() for x in (q, k, v)]
-    out, lse, _ = flash_attn_func(*arrays, causal=causal, return_attn_probs=True)
-    return [x.detach() for x in (out, *torch.autograd.grad(out, arrays, dout), lse)]
-
-if __name__ == "__main__":
-    serve(lambda: {**load(), "public": public})
-"""
-
-
-@pytest.fixture(scope="module")
-def public(tmp_path_factory):
-    """The package's own `flash_attn_func` and its autograd, (B, S, H, D)."""
-    folder = tmp_path_factory.mktemp("public")
-    (folder / "public_function.py").write_text(PUBLIC)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        worker = Worker("public_function")
-        yield partial(worker.call, "public")
-        worker.stop()
-
-
 @needs_flash_attn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-def test_out_and_gradients_are_those_of_flash_attn_func(public, dtype, causal):
+def test_out_and_gradients_are_those_of_flash_attn_func(package, dtype, causal):
     """Bit for bit, where the public function is right: without a cotangent of the LSE."""
     q, k, v = qkv(dtype=dtype)
     dout = torch.randn_like(q)
     out, lse = heedful.attention(q, k, v, causal=causal, backend=NAME, return_lse=True)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
 
-    theirs = public(*(x.transpose(1, 2) for x in (q, k, v, dout)), causal)
-    for ours, own in zip((out, *gradients), theirs[:4], strict=True):
+    *arrays, their_dout = (x.detach().transpose(1, 2) for x in (q, k, v, dout))
+    own_out, own_lse, *own_gradients = package(
+        "answer", "flash_attn_func", arrays, their_dout, {"causal": causal}
+    )
+    for ours, own in zip((out, *gradients), (own_out, *own_gradients), strict=True):
         assert torch.equal(ours, own.transpose(1, 2))
-    assert torch.equal(lse, theirs[4])
+    assert torch.equal(lse, own_lse)
 
 
 @needs_flash_attn
@@ -397,11 +371,12 @@ def test_newer_generations_hold_under_torch_func(backend):
 @pytest.mark.parametrize("name", [three.backend.name, four.backend.name])
 def test_newer_generations_say_all_that_keeps_them_from_running_here(name):
     said = next(v for v in heedful.explain(*qkv()).verdicts if v.name == name).reasons
+    # And nothing of the package, which is not imported then.
     assert said == (
         "this kernel needs a CUDA GPU; the arrays lie on cpu",
         "this kernel takes float16 and bfloat16, not float32",
         "this torch sees no CUDA GPU",
-    )  # and nothing of the package, which is not imported then
+    )
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,8 @@ def test_a_backend_without_grouped_heads_gets_them_all():
         heedful.attention(q, k, k, bias=_expand(row, (2, 4, 6, 6)), backend=backend.name)
         assert backend.seen.k.shape == (2, 4, 6, D)
         assert backend.seen.bias.shape == (1, 1, 6, 6)
-        heedful.attention(
-            q, k, k, backend=[backend.name, "jax:flash"]
-        )  # still the first of the list
+        # Still the first of the list.
+        heedful.attention(q, k, k, backend=[backend.name, "jax:flash"])
         assert backend.seen.bias is None
     finally:
         heedful.unregister(backend.name)

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "packages" / "crosscheck" / "tools" / "conventions"))
 
-from document import THEMES, lines  # noqa: E402
-from published import PUBLISHED  # noqa: E402
+from document import THEMES, lines  # noqa: E402  # found by the line above
+from published import PUBLISHED  # noqa: E402  # as well
 
 POSITION, LOG_SUM_EXP = "Position and empty rows", "Log-sum-exp"
 # All of it takes minutes; this, seconds.

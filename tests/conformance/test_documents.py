@@ -30,9 +30,8 @@ def test_snippets_run(name):
     assert len(found) >= 2
     scope = {"__name__": "snippet"}
     if name == "README.md":
-        opening, *found = (
-            found  # the one line at the top shows a call, and names nothing it defines
-        )
+        # The one line at the top shows a call, and names nothing it defines.
+        opening, *found = found
         compile(opening.content, name, "exec")
     for snippet in found:
         # As many line breaks before it as in the file, so that a traceback names the file's own line.

@@ -17,7 +17,7 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.place import Place
 from heedful.rules.scores import added, capped, distance
-from heedful.rules.softmax import beyond_the_keys
+from heedful.rules.softmax import beyond_the_keys, log_sum_exp
 from heedful.rules.visibility import of_key_heads, visible
 
 
@@ -58,9 +58,7 @@ def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
     out, highest, total = beyond_the_keys(
         operands, jnp.where(empty, 0, out), highest[..., 0], total[..., 0]
     )
-    empty = total == 0
-    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(jnp.where(empty, 1, total)))
-    return out.astype(problem.dtype), lse
+    return out.astype(problem.dtype), log_sum_exp(highest, total)
 
 
 def _einsum(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:

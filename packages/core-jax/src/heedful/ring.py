@@ -32,6 +32,7 @@ from heedful.flash.forward import Kept
 from heedful.flash.partition import varying_alike
 from heedful.flash.scores import numbered
 from heedful.flash.tiles import cut
+from heedful.rules.softmax import log_sum_exp
 
 
 def ring_attention(
@@ -106,9 +107,7 @@ def ring_attention(
     arrays = operands.given
     keys = {name: arrays.pop(name) for name in KEYS if name in arrays}
     out, m, l = _ring(ring, rank, arrays, keys)
-    empty = l == 0
-    lse = jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1, l)))
-    return call.restore(out.astype(problem.dtype), lse)
+    return call.restore(out.astype(problem.dtype), log_sum_exp(m, l))
 
 
 def zigzag(x: Array, devices: int, *, axis: int = -2, restore: bool = False) -> Array:

@@ -15,8 +15,8 @@ import numpy as np
 
 from heedful import dispatch
 from heedful.call import Call
-from heedful.call.arrays import Array, dtype_of, is_concrete_on_cpu, shape_of
-from heedful.call.checks import framework_of_all
+from heedful.call.arrays import Array, is_concrete_on_cpu, shape_of
+from heedful.call.checks import check_integers, framework_of_all
 from heedful.call.operands import Operands
 from heedful.compiled import compiled
 from heedful.explicit_mesh import spread_like_its_arrays
@@ -186,8 +186,7 @@ def _check(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Arra
             "A batch of sequences of one length is heedful.attention's."
         )
     for name, x in cumulated.items():
-        if not dtype_of(x).removeprefix("u").startswith("int"):
-            raise TypeError(f"{name} must hold integers. Got {dtype_of(x)}. Cast it to int32.")
+        check_integers(name, x)
     if len({shapes[name] for name in cumulated}) > 1 or any(
         len(shapes[name]) != 1 or 0 in shapes[name] for name in cumulated
     ):

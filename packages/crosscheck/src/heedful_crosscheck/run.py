@@ -258,9 +258,8 @@ def outcome(name: str, question: Question) -> Outcome:
         return replace(result, reasons=refusal.reasons)
     except BaseException as error:  # whatever a backend raises
         ends = not isinstance(error, Exception | SystemExit)
-        if (
-            ends and current_thread() is main_thread()
-        ):  # an interrupt, which other threads never see
+        # An interrupt, which other threads never see.
+        if ends and current_thread() is main_thread():
             raise
         tensor = error.tensor if isinstance(error, WrongResult) else None
         faults = [(tensor, f"raised {in_a_line(error)}")]

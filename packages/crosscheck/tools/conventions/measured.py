@@ -115,9 +115,8 @@ def hiding(function: Published, with_lse: bool = False) -> Hiding:
         with_it = options | ({LSE: True} if with_lse else {})
         if options.keys() <= function.names.keys() and ask(function, Case.of(SQUARE), **with_it):
             return Hiding(Case.of(SQUARE), options, seen)
-    lengths = (
-        TALL if alignment(function) == "bottom-right" else SQUARE
-    )  # some rows see nothing then
+    # Aligned bottom-right, some rows see nothing where there are more of them than keys.
+    lengths = TALL if alignment(function) == "bottom-right" else SQUARE
     return Hiding(Case.of(lengths), {"causal": True}, tril(lengths, lengths[1] - lengths[0]))
 
 

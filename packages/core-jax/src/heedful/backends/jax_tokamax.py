@@ -59,9 +59,8 @@ class TokamaxBackend:
         import tokamax  # type: ignore[import-not-found]  # an extra
         from absl import flags  # type: ignore[import-not-found]  # comes with it
 
-        if (
-            not flags.FLAGS.is_parsed()
-        ):  # tokamax itself would take the program's own options for its
+        # tokamax itself would take the program's own options for its.
+        if not flags.FLAGS.is_parsed():
             flags.FLAGS(sys.argv, known_only=True)
 
         seen = jax_nn.visibility(problem, operands)

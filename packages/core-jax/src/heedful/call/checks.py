@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from heedful.call.arrays import Array, dtype_of, framework_of, place_of, shape_of
+from heedful.call.arrays import Array, accumulator_of, dtype_of, framework_of, place_of, shape_of
 from heedful.call.form import LAYOUTS, Form
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -165,6 +165,28 @@ def form_and_sizes(q: Array, k: Array, v: Array, layout: Any) -> tuple[Form, dic
 
 
 # What several options are checked by
+
+
+def check_integers(name: str, x: Array) -> None:
+    """Raises TypeError for an array of anything else."""
+    if not dtype_of(x).removeprefix("u").startswith("int"):
+        raise TypeError(f"{name} must hold integers. Got {dtype_of(x)}. Cast it to int32.")
+
+
+def check_floating(name: str, x: Array, dtype: str, if_bool: str | None = None) -> None:
+    """Raises TypeError for an array that has neither the dtype of q, k and v nor its accumulator's.
+
+    `if_bool` says how to mend a boolean one.
+    """
+    if dtype_of(x) not in (allowed := {dtype, accumulator_of(dtype)}):
+        raise TypeError(
+            f"{name} must be {' or '.join(sorted(allowed))} for {dtype} q, k, v. Got {dtype_of(x)}. "
+            + (
+                if_bool
+                if if_bool and dtype_of(x) == "bool"
+                else "Cast it: nothing here casts silently."
+            )
+        )
 
 
 def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from heedful.call.arrays import Array, accumulator_of, dtype_of, is_concrete_on_cpu, shape_of
-from heedful.call.checks import as_float, broadcasts, is_integral, is_real, shown
+from heedful.call.checks import (
+    as_float,
+    broadcasts,
+    check_floating,
+    check_integers,
+    is_integral,
+    is_real,
+    shown,
+)
 from heedful.call.form import Form
 
 if TYPE_CHECKING:
@@ -108,16 +116,7 @@ def _mask_shape(mask: Array, known: Known) -> tuple[int, ...]:
 def _read_bias(bias: Array | None, known: Known) -> dict[str, Any]:
     if bias is None:
         return {}
-    if dtype_of(bias) not in (known.dtype, known.accumulator):
-        raise TypeError(
-            f"bias must be {' or '.join(sorted({known.dtype, known.accumulator}))} for {known.dtype} "
-            f"q, k, v. Got {dtype_of(bias)}. "
-            + (
-                "A boolean mask is mask=."
-                if dtype_of(bias) == "bool"
-                else "Cast it: nothing here casts silently."
-            )
-        )
+    check_floating("bias", bias, known.dtype, if_bool="A boolean mask is mask=.")
     return {"bias_shape": _score_shape("bias", bias, known), "bias_dtype": dtype_of(bias)}
 
 
@@ -154,8 +153,7 @@ def _reads_lengths(name: str) -> Callable[[Any, Known], dict[str, Any]]:
     def read(x: Array | None, known: Known) -> dict[str, Any]:
         if x is None:
             return {}
-        if not dtype_of(x).removeprefix("u").startswith("int"):
-            raise TypeError(f"{name} must hold integers. Got {dtype_of(x)}. Cast it to int32.")
+        check_integers(name, x)
         lead = known.form.lead
         if not broadcasts(shape_of(x), lead or (1,)):
             raise ValueError(
@@ -213,8 +211,7 @@ def _reads_segment_ids(
             )
         if x is None:
             return {}
-        if not dtype_of(x).removeprefix("u").startswith("int"):
-            raise TypeError(f"{name} must hold integers. Got {dtype_of(x)}. Cast it to int32.")
+        check_integers(name, x)
         full = (*known.form.lead, known.fields[length])
         if not broadcasts(shape_of(x), full):
             raise ValueError(
@@ -283,7 +280,7 @@ def _read_window(window: Any, known: Known) -> dict[str, Any]:
 def _read_alibi_slopes(slopes: Array | None, known: Known) -> dict[str, Any]:
     if slopes is None:
         return {}
-    _check_floating("alibi_slopes", slopes, known)
+    check_floating("alibi_slopes", slopes, known.dtype)
     lead, heads = known.form.lead, known.fields["q_heads"]
     if shape_of(slopes) not in ((heads,), (*lead, heads)):
         forms = " or ".join(dict.fromkeys((f"(Hq,) = {(heads,)}", f"(B, Hq) = {(*lead, heads)}")))
@@ -423,7 +420,7 @@ def _read_softcap(softcap: Any, known: Known) -> dict[str, Any]:
 def _read_sinks(sinks: Array | None, known: Known) -> dict[str, Any]:
     if sinks is None:
         return {}
-    _check_floating("sinks", sinks, known)
+    check_floating("sinks", sinks, known.dtype)
     heads = known.fields["q_heads"]
     if shape_of(sinks) != (heads,):
         raise ValueError(
@@ -435,14 +432,6 @@ def _read_sinks(sinks: Array | None, known: Known) -> dict[str, Any]:
 
 def _sinks_of_heads(sinks: Array, form: Form, problem: "Problem") -> Array:
     return sinks[None, :, None, None]
-
-
-def _check_floating(name: str, x: Array, known: Known) -> None:
-    if dtype_of(x) not in (known.dtype, known.accumulator):
-        raise TypeError(
-            f"{name} must be {' or '.join(sorted({known.dtype, known.accumulator}))} for {known.dtype} "
-            f"q, k, v. Got {dtype_of(x)}. Cast it: nothing here casts silently."
-        )
 
 
 # What is returned, and how

@@ -39,7 +39,7 @@ from heedful.flash.scores import numbered
 from heedful.flash.tangent import tangent
 from heedful.flash.tiles import Tiles
 from heedful.rules.softmax import FEATURES as BEYOND_THE_KEYS
-from heedful.rules.softmax import beyond_the_keys
+from heedful.rules.softmax import beyond_the_keys, log_sum_exp
 
 # Names for `jax.checkpoint` policies such as `save_only_these_names(*RESIDUALS)`: with all saved, the
 # backward pass does not run the forward pass again. For each query they take Dv + 2 numbers of the
@@ -68,9 +68,7 @@ def _results(
     dtype: str, _shape: tuple[int, ...], out: Array, m: Array, l: Array
 ) -> tuple[Array, Array]:
     """out and lse as the contract has them."""
-    empty = l == 0
-    lse = jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1, l)))
-    return out.astype(dtype), lse
+    return out.astype(dtype), log_sum_exp(m, l)
 
 
 # The primitives' arguments are flat: the leaves of `Numbered`, which `tree` puts together again; then

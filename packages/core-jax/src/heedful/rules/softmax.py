@@ -1,4 +1,4 @@
-"""The softmax's denominator, beyond the keys: a sink for each head. For JAX.
+"""The softmax's denominator: its logarithm, and the sinks that it holds beyond the keys. For JAX.
 
 A sink is a logit that takes weight and gives nothing: as if there were one more key, which every query
 sees and whose value is 0.
@@ -11,6 +11,12 @@ from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 
 FEATURES = frozenset({"sinks"})
+
+
+def log_sum_exp(m: Array, l: Array) -> Array:
+    """m + log l; −inf where l, Σ exp(s − m), is 0, whatever m is."""
+    empty = l == 0
+    return jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1, l)))
 
 
 def beyond_the_keys(
