@@ -23,12 +23,14 @@ from heedful.call.options import OPTIONS
 
 PUBLIC = {
     "Backend",
+    "Decoded",
     "Operands",
     "Problem",
     "Refusal",
     "attention",
     "backends",
     "causal_flash_attention",
+    "decode",
     "explain",
     "flash_attention",
     "flash_attention_varlen",

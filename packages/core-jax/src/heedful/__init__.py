@@ -9,6 +9,7 @@ from heedful.api import (
     flash_attention,
     plain_attention,
 )
+from heedful.cache import Decoded, decode
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.comparison import value_and_grad_difference
@@ -20,12 +21,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "Decoded",
     "Operands",
     "Problem",
     "Refusal",
     "attention",
     "backends",
     "causal_flash_attention",
+    "decode",
     "explain",
     "flash_attention",
     "flash_attention_varlen",

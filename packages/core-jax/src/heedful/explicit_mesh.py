@@ -42,13 +42,12 @@ def spread_like_its_arrays(compute: Callable[[Mapping[str, Array]], Any], call: 
 def _specs(form: Form, specs: Sequence[tuple[Any, ...]]) -> tuple[PartitionSpec, PartitionSpec]:
     """How out and lse are spread, for q, k and v that are spread so."""
     q, *others = specs
-    queries = form.rank - (3 if form.heads_last else 2)
     taken = {name for axes in q[:-1] for name in _names(axes)}
     out = list(q[:-1])
     for other in others:
         for axis, axes in enumerate(other[:-1]):
             # A mesh axis cuts one axis of an array; the queries are cut as q's alone.
-            if out[axis] is None and axis != queries and taken.isdisjoint(_names(axes)):
+            if out[axis] is None and axis != form.tokens_axis and taken.isdisjoint(_names(axes)):
                 out[axis] = axes
                 taken.update(_names(axes))
     lse = list(out)

@@ -28,7 +28,7 @@ from heedful.call.problem import Problem
 from heedful.compiled import compiled
 from heedful.flash import flash
 from heedful.flash.autodiff import cotangent_p, forward_p
-from heedful.flash.forward import Kept
+from heedful.flash.forward import Kept, merged, nothing
 from heedful.flash.partition import varying_alike
 from heedful.flash.scores import numbered
 from heedful.flash.tiles import cut
@@ -278,23 +278,8 @@ def _of_pair(
     return leaves, {"problem": problem, "tree": tree, "tiles": None}
 
 
-def _merged(a: Kept, b: Kept) -> Kept:
-    """What rows come to with the keys of both."""
-    m = jnp.maximum(a.m, b.m)
-    of_a, of_b = (x.l * jnp.exp(x.m - m) for x in (a, b))
-    l = of_a + of_b
-    out = of_a[..., None] * a.out + of_b[..., None] * b.out
-    return Kept(out / jnp.where(l == 0, 1, l)[..., None], m, l)
-
-
 def _forward(ring: Ring, rank: Array, queries: dict[str, Array], keys: dict[str, Array]) -> Kept:
-    accumulator = ring.problem.accumulator
-    rows = queries["q"].shape[:3]
-    nothing = Kept(
-        out=jnp.zeros((*rows, ring.problem.value_dim), accumulator),
-        m=jnp.full(rows, np.finfo(accumulator).min, accumulator),
-        l=jnp.zeros(rows, accumulator),
-    )
+    kept = nothing(ring.problem, queries["q"].shape[:3])
 
     def step(carry: tuple[Kept, dict[str, Array]], shift: Array) -> tuple[Any, None]:
         kept, visiting = carry
@@ -304,12 +289,12 @@ def _forward(ring: Ring, rank: Array, queries: dict[str, Array], keys: dict[str,
             leaves, params = _of_pair(ring, pair, queries, visiting)
             found = Kept(*forward_p.bind(*leaves, **params))
             before = Kept(*(_cut_queries(ring, pair, x) for x in kept))
-            merged = _merged(before, found)
-            return Kept(*(_put(x, y, pair.row) for x, y in zip(kept, merged, strict=True)))
+            both = merged(before, found)
+            return Kept(*(_put(x, y, pair.row) for x, y in zip(kept, both, strict=True)))
 
         return (_fold(ring, rank, shift, attend, kept), following), None
 
-    start = varying_alike((nothing, rank))[0], ring.sent(keys, ring.first)
+    start = varying_alike((kept, rank))[0], ring.sent(keys, ring.first)
     return lax.scan(step, start, _shifts(ring))[0][0]
 
 
@@ -328,10 +313,10 @@ def _backward(ring: Ring, residuals: Any, cotangents: Kept) -> tuple[Any, ...]:
     """The gradients; m is a shift, which changes neither out nor lse, so it has none."""
     rank, queries, keys, kept = residuals
     of_rows = varying_alike(((*kept, cotangents.out, cotangents.l), rank))[0]
-    nothing = [
+    zeros = [
         jnp.zeros(x.shape, ring.problem.accumulator) for x in (queries["q"], keys["k"], keys["v"])
     ]
-    dq, *dkv = varying_alike((nothing, rank))[0]
+    dq, *dkv = varying_alike((zeros, rank))[0]
 
     def step(carry: Any, shift: Array) -> tuple[Any, None]:
         dq, dkv, visiting = carry

@@ -63,11 +63,16 @@ def _cpu() -> jax.Device | None:
 def _run_in_jax(
     backend: Backend, problem: Problem, operands: Operands
 ) -> tuple[np.ndarray, np.ndarray | None]:
+    return through_jax(partial(_run_compiled, backend, problem), operands)
+
+
+def through_jax(compute: Callable[[Any], Any], arrays: Any) -> Any:
+    """A compiled function of JAX arrays, of a pytree of NumPy arrays."""
     # Inside somebody's jit, NumPy arrays are constants: they are computed with at once, not traced.
     # Elsewhere that would compile each constant of the backend by itself.
     at_once = jax.ensure_compile_time_eval() if _is_tracing() else contextlib.nullcontext()
     with at_once:
-        answer = _run_compiled(backend, problem, jax.device_put(operands, _cpu()))
+        answer = compute(jax.device_put(arrays, _cpu()))
         return jax.tree.map(np.array, answer)  # copies: the caller may write to them
 
 

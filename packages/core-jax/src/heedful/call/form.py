@@ -33,6 +33,11 @@ class Form:
         """Whether the heads stand behind the sequence."""
         return self.layout == "bshd" and self.rank > 2
 
+    @property
+    def tokens_axis(self) -> int:
+        """Where the sequence stands in q, k and v."""
+        return self.rank - (3 if self.heads_last else 2)
+
     def heads(self, x: Array) -> Array:
         """q, k or v: (*lead, H, S, D), (*lead, S, H, D) or (S, D) → (B, H, S, D)."""
         if self.rank == 2:

@@ -51,6 +51,25 @@ class Kept(NamedTuple):
     l: Array
 
 
+def nothing(problem: Problem, rows: tuple[int, ...]) -> Kept:
+    """What rows (B, Hq, Sq) come to that have met no key yet."""
+    accumulator = problem.accumulator
+    return Kept(
+        out=jnp.zeros((*rows, problem.value_dim), accumulator),
+        m=jnp.full(rows, np.finfo(accumulator).min, accumulator),
+        l=jnp.zeros(rows, accumulator),
+    )
+
+
+def merged(a: Kept, b: Kept) -> Kept:
+    """What rows come to with the keys of both."""
+    m = jnp.maximum(a.m, b.m)
+    of_a, of_b = (x.l * jnp.exp(x.m - m) for x in (a, b))
+    l = of_a + of_b
+    out = of_a[..., None] * a.out + of_b[..., None] * b.out
+    return Kept(out / jnp.where(l == 0, 1, l)[..., None], m, l)
+
+
 def forward(problem: Problem, given: Numbered, *, tiles: Tiles | None = None) -> Kept:
     """out, m and l; without `tiles`, `tile_sizes` chooses them."""
     tiles = tiles or tile_sizes(problem)

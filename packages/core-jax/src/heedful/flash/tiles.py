@@ -44,17 +44,17 @@ def tile_sizes(problem: Problem) -> Tiles:
     scores = TILE_BYTES // jnp.dtype(problem.accumulator).itemsize
     # The query heads of a group stand below one another in a tile, so they count as queries.
     shared = max(scores // (problem.group * TILE_KEYS), FEWEST_QUERIES)
-    queries = _even(problem.q_length, min(TILE_QUERIES, shared))
-    keys = _even(problem.kv_length, TILE_KEYS)
+    queries = even(problem.q_length, min(TILE_QUERIES, shared))
+    keys = even(problem.kv_length, TILE_KEYS)
     heads = max(scores // (problem.group * queries * keys), 1)
     if heads < problem.kv_heads:
-        kv_heads, batch = _divisor(problem.kv_heads, heads), 1
+        kv_heads, batch = divisor(problem.kv_heads, heads), 1
     else:
-        kv_heads, batch = problem.kv_heads, _divisor(problem.batch, heads // problem.kv_heads)
+        kv_heads, batch = problem.kv_heads, divisor(problem.batch, heads // problem.kv_heads)
     # Few heads leave room: longer tiles spend it.
     rows = batch * kv_heads * problem.group
-    queries = _even(problem.q_length, max(min(scores // (rows * keys), 2 * TILE_QUERIES), queries))
-    keys = _even(problem.kv_length, max(scores // (rows * queries), keys))
+    queries = even(problem.q_length, max(min(scores // (rows * keys), 2 * TILE_QUERIES), queries))
+    keys = even(problem.kv_length, max(scores // (rows * queries), keys))
     return Tiles(batch, kv_heads, queries, keys)
 
 
@@ -66,15 +66,16 @@ def _symbolic_tile_sizes(problem: Problem) -> Tiles:
     heads = max(scores // (problem.group * largest * TILE_KEYS), 1)
     queries = jax.core.min_dim(problem.q_length, largest)
     keys = jax.core.min_dim(problem.kv_length, TILE_KEYS)
-    return Tiles(1, _divisor(problem.kv_heads, heads), queries, keys)
+    return Tiles(1, divisor(problem.kv_heads, heads), queries, keys)
 
 
-def _even(length: int, largest: int) -> int:
+def even(length: int, largest: int) -> int:
     """The size that cuts a length into the fewest tiles of at most `largest`, as equal as can be."""
     return math.ceil(length / math.ceil(length / largest))
 
 
-def _divisor(number: int, largest: int) -> int:
+def divisor(number: int, largest: int) -> int:
+    """The largest that is no larger, and at least 1."""
     return max(d for d in range(1, min(number, largest) + 1) if number % d == 0)
 
 
