@@ -197,7 +197,6 @@ def test_deterministic_is_refused_by_who_does_not_claim_it():
 
 def test_what_is_not_there_cannot_be_imported():
     assert not hasattr(flash_attn, "flash_attn_varlen_func")
-    assert not hasattr(flash_attn, "flash_attn_with_kvcache")
 
 
 # Padding
@@ -264,7 +263,7 @@ DENSE = [name for name in flash_attn.__all__ if name != "bert_padding"]
 
 
 @needs_flash_attn
-@pytest.mark.parametrize("name", [*DENSE, *bert_padding.__all__])
+@pytest.mark.parametrize("name", [*DENSE, "flash_attn_with_kvcache", *bert_padding.__all__])
 def test_signatures_are_those_of_the_package(package, name):
     ours = getattr(flash_attn, name, None) or getattr(bert_padding, name)
     parameters = inspect.signature(ours).parameters.values()
