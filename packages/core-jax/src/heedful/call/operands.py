@@ -56,3 +56,8 @@ class Operands(NamedTuple):
     def over_scores(self) -> dict[str, Array]:
         """Those of them that broadcast beside the scores, by name."""
         return {n: x for n, x in self.given.items() if n not in "qkv" and len(x.shape) == 4}
+
+    @property
+    def added(self) -> dict[str, Array]:
+        """Those over the scores that have gradients, by name."""
+        return {n: x for n, x in self.over_scores.items() if n in DIFFERENTIABLE}

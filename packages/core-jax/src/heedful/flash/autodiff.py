@@ -20,23 +20,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-# Private, but how JAX's own partitioned primitives ask to be told the mesh (0.10 to 0.12).
-from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.interpreters import ad, batching
 
 from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.compiled import compiled
-from heedful.flash.cotangent import cotangent
+from heedful.flash.cotangent import cotangent, cotangent_as_sums
 from heedful.flash.forward import Kept, forward
-from heedful.flash.partition import lowering, varying_alike
+from heedful.flash.partition import varying_alike
+from heedful.flash.primitive import fold, like, primitive
 from heedful.flash.scores import numbered
-from heedful.flash.tangent import tangent
+from heedful.flash.tangent import tangent, tangent_as_sums
 from heedful.flash.tiles import Tiles
 from heedful.rules.softmax import FEATURES as BEYOND_THE_KEYS
 from heedful.rules.softmax import beyond_the_keys, log_sum_exp
@@ -79,10 +76,16 @@ def _forward(*leaves: Array, tree: Any, **options: Any) -> list[Array]:
     return list(forward(given=jax.tree.unflatten(tree, leaves), **options))
 
 
-def _tangent(*flat: Array, tree: Any, moving: tuple[str, ...], **options: Any) -> list[Array]:
+def _tangent(
+    function: Callable[..., tuple[Array, Array]],
+    *flat: Array,
+    tree: Any,
+    moving: tuple[str, ...],
+    **options: Any,
+) -> list[Array]:
     tangents, (*leaves, out, m, l) = flat[: len(moving)], flat[len(moving) :]
     return list(
-        tangent(
+        function(
             given=jax.tree.unflatten(tree, leaves),
             kept=Kept(out, m, l),
             tangents=Operands(**dict(zip(moving, tangents, strict=True))),
@@ -91,9 +94,15 @@ def _tangent(*flat: Array, tree: Any, moving: tuple[str, ...], **options: Any) -
     )
 
 
-def _cotangent(*flat: Array, tree: Any, moving: tuple[str, ...], **options: Any) -> list[Array]:
+def _cotangent(
+    function: Callable[..., Operands],
+    *flat: Array,
+    tree: Any,
+    moving: tuple[str, ...],
+    **options: Any,
+) -> list[Array]:
     *leaves, out, m, l, d_out, d_l = flat
-    found = cotangent(
+    found = function(
         given=jax.tree.unflatten(tree, leaves),
         kept=Kept(out, m, l),
         out_cotangent=d_out,
@@ -104,19 +113,13 @@ def _cotangent(*flat: Array, tree: Any, moving: tuple[str, ...], **options: Any)
     return [getattr(found, name) for name in moving]
 
 
-# What they return, said without tracing them: outside of a jit, `jax.grad` asks at every call.
-
-
-def _like(aval: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """An array type that is spread, and varies within a `shard_map`, as another does."""
-    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec())
-    return aval.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+# What they return
 
 
 def _kept(*avals: Any, problem: Problem, **_: Any) -> list[Any]:
     rows = (problem.batch, problem.q_heads, problem.q_length)
     shapes = (*rows, problem.value_dim), rows, rows
-    return [_like(avals[0], shape, problem.accumulator) for shape in shapes]
+    return [like(avals[0], shape, problem.accumulator) for shape in shapes]
 
 
 def _out_and_l(*avals: Any, **params: Any) -> list[Any]:
@@ -126,35 +129,15 @@ def _out_and_l(*avals: Any, **params: Any) -> list[Any]:
 
 def _gradients(*avals: Any, tree: Any, moving: tuple[str, ...], **_: Any) -> list[Any]:
     operands = jax.tree.unflatten(tree, avals[: tree.num_leaves]).operands
-    like = (getattr(operands, name) for name in moving)
-    return [_like(x, x.shape, x.dtype) for x in like]
-
-
-def _primitive(
-    name: str,
-    implementation: Callable[..., list[Array]],
-    results: Callable[..., list[Any]],
-    *params: str,
-) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-
-    @compiled(static=len(params))
-    def run(*args: Any) -> list[Array]:
-        known = dict(zip(params, args, strict=False))
-        return primitive.bind(*args[len(params) :], **known)
-
-    primitive.def_impl(lambda *leaves, **known: run(*(known[name] for name in params), *leaves))
-    primitive.def_abstract_eval(results)
-    mlir.register_lowering(primitive, lowering(implementation))
-    prim_requires_devices_during_lowering.add(primitive)
-    return primitive
+    return [like(x, x.shape, x.dtype) for x in (getattr(operands, name) for name in moving)]
 
 
 PARAMS = ("problem", "tree", "tiles")
-forward_p = _primitive("heedful_forward", _forward, _kept, *PARAMS)
-tangent_p = _primitive("heedful_tangent", _tangent, _out_and_l, *PARAMS, "moving")
-cotangent_p = _primitive("heedful_cotangent", _cotangent, _gradients, *PARAMS, "moving")
+forward_p = primitive("heedful_forward", _forward, _kept, *PARAMS)
+tangent_p = primitive("heedful_tangent", partial(_tangent, tangent), _out_and_l, *PARAMS, "moving")
+cotangent_p = primitive(
+    "heedful_cotangent", partial(_cotangent, cotangent), _gradients, *PARAMS, "moving"
+)
 
 
 # Differentiation
@@ -186,7 +169,7 @@ def _transpose_of_tangent(
     return [*wanted, *[None] * len(fixed)]
 
 
-def _jvp_of_loops(
+def _jvp_of_sums(
     implementation: Callable[..., list[Array]],
     primals: Sequence[Array],
     tangents: Sequence[Any],
@@ -199,37 +182,22 @@ def _jvp_of_loops(
         every = list(primals)
         for n, arg in zip(moving, args, strict=True):
             every[n] = arg
-        return implementation(*every, **params, every_tile=True)
+        return implementation(*every, **params)
 
     return jax.jvp(of_moving, [primals[n] for n in moving], [tangents[n] for n in moving])
 
 
 ad.primitive_jvps[forward_p] = _jvp_of_forward
 ad.primitive_transposes[tangent_p] = _transpose_of_tangent
-ad.primitive_jvps[tangent_p] = partial(_jvp_of_loops, _tangent)
-ad.primitive_jvps[cotangent_p] = partial(_jvp_of_loops, _cotangent)
+ad.primitive_jvps[tangent_p] = partial(_jvp_of_sums, partial(_tangent, tangent_as_sums))
+ad.primitive_jvps[cotangent_p] = partial(_jvp_of_sums, partial(_cotangent, cotangent_as_sums))
 
 
 # vmap: the new axis is folded into the batch, of which there may be many rows already
 
 
-def _fold(x: Array, axis: int | None, size: int, batch: int, whole: bool) -> Array:
-    """(batch or 1, ...) with a new axis somewhere → (size · batch, ...).
-
-    What neither moves along the new axis nor has a batch axis stays as it is, unless asked `whole`.
-    """
-    if axis is None:
-        if x.shape[0] == 1 and not whole:
-            return x
-        x = x[None]
-    else:
-        x = jnp.moveaxis(x, axis, 0)
-    x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
-    return x.reshape(size * batch, *x.shape[2:])
-
-
 def _vmap(
-    primitive: Primitive,
+    of: Primitive,
     args: Sequence[Array],
     axes: Sequence[int | None],
     *,
@@ -239,23 +207,23 @@ def _vmap(
 ) -> tuple[list[Array], list[int]]:
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
     moving = params.get("moving", ())
-    tangents = len(moving) if primitive is tangent_p else 0
+    tangents = len(moving) if of is tangent_p else 0
     places = jax.tree.unflatten(tree, range(tangents, tangents + tree.num_leaves))
     # What is not differentiated may be shared by all of the new axis; its gradient could not.
     whole = [True] * len(args)
     for n in jax.tree.leaves(places):
         whole[n] = n in (getattr(places.operands, name) for name in ("q", "k", "v", *moving))
     folded = [
-        _fold(x, axis, size, problem.batch, w) for x, axis, w in zip(args, axes, whole, strict=True)
+        fold(x, axis, size, problem.batch, w) for x, axis, w in zip(args, axes, whole, strict=True)
     ]
-    results = primitive.bind(
+    results = of.bind(
         *folded, problem=replace(problem, batch=size * problem.batch), tree=tree, **params
     )
     results = [x.reshape(size, problem.batch, *x.shape[1:]) for x in results]
-    if primitive is cotangent_p:
+    if of is cotangent_p:
         for n, name in enumerate(moving):
-            of = getattr(places.operands, name)
-            rows = args[of].shape[0] if axes[of] is None else _rows(args[of], axes[of])
+            at = getattr(places.operands, name)
+            rows = args[at].shape[0] if axes[at] is None else _rows(args[at], axes[at])
             if rows < problem.batch:  # the rows of a batch share one, so it gets their sum
                 results[n] = results[n].sum(axis=1, keepdims=True)
     return results, [0] * len(results)

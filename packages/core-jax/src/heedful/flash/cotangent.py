@@ -1,6 +1,7 @@
 """The backward pass, tile by tile: Dao et al. 2022, Algorithm 4, with the cotangent of l."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
+from heedful.flash.tilewise import Sum, sums
 from heedful.rules.scores import added
 
 
@@ -55,30 +57,21 @@ def cotangent(
     *,
     wanted: Sequence[str] = ("q", "k", "v"),
     tiles: Tiles | None = None,
-    every_tile: bool = False,
 ) -> Operands:
     """What out's and l's cotangents make of the operands': gradients of q, k, v and all others wanted.
 
     From l = Σ exp(s − m) follows ∂l_i/∂s_ij = l_i p_ij, so the cotangent of l joins line 19 as
     dS = P ∘ (dP − D + l dl); it is taken off D before the loops. The loops are exchanged against the
     paper: keys outside, so that dk and dv stay in the tile and only dq is updated in memory.
-    `every_tile` visits those that nobody sees too, in loops of a fixed length (see `tiles.visit`).
     """
     tiles = tiles or tile_sizes(problem)
-    query_tiles = count(problem.q_length, tiles.queries)
     key_tiles = count(problem.kv_length, tiles.keys)
     accumulator = problem.accumulator
-    # A row that sees no key has no gradient: its p is 0, and 0 is what it then meets.
-    out, m, l = kept
-    alive = l != 0
-    q, d_out = (clean(x, alive[..., None]) for x in (given.operands.q, out_cotangent))
+    q, d_out, *of_rows = _rows(given.operands.q, kept, out_cotangent, l_cotangent)
     given = given._replace(operands=given.operands._replace(q=q))
-    # Line 19: D = rowsum(dO ∘ O), for all rows at once.
-    delta = jnp.sum(d_out * out, axis=-1) - l * clean(l_cotangent, alive)
-    inverse = clean(1 / jnp.where(alive, l, 1), alive)
 
     def head_tile(
-        arrays: tuple[Numbered, Array, tuple[Array, Array, Array]], sums: dict[str, Array]
+        arrays: tuple[Numbered, Array, list[Array]], sums: dict[str, Array]
     ) -> tuple[tuple[Array, Array, Array], dict[str, Array]]:
         given, d_out, of_rows = arrays
         operands = given.operands
@@ -93,48 +86,132 @@ def cotangent(
                 q = widen(problem, queries_of(problem, tiles, operands.q, i))
                 do = widen(problem, queries_of(problem, tiles, d_out, i))
                 q_turned, do_turned = (turned_queries_of(problem, tiles, x, i) for x in turned)
-                m, inverse, delta = (queries_of(problem, tiles, x, i)[..., None] for x in of_rows)
+                at_rows = (queries_of(problem, tiles, x, i) for x in of_rows)
                 tile = tile_at(problem, tiles, given, i, j, masked)
-                seen = seen_keys(problem, tiles, tile.see)
-                seen_turned = None if seen is None else seen.swapaxes(1, 2)
-                seen_k, seen_v = clean(k, seen), clean(v, seen)
-                s, slope, _ = scores(problem, tiles, tile, q, seen_k)
-                p = jnp.exp(s - m) * inverse  # line 13
-                dv = dv + clean(gather(p, do_turned), seen_turned)  # line 16
-                dp = query_key(do, seen_v)  # line 17
-                ds = p * (dp - delta)  # lines 19 and 20
-                parts = _of_added(problem, tiles, tile, ds, sums)
+                rows, dk_part, dv_part, parts = _of_tile(
+                    problem, tiles, tile, sums, q, do, *at_rows, k, v, q_turned, do_turned
+                )
                 sums = {n: add_cut(problem, tiles, sums[n], x, i, j) for n, x in parts.items()}
-                if slope is not None:
-                    ds = ds * slope
                 begin = start(i, problem.q_length, tiles.queries)
-                rows = unfold_queries(problem, tiles, weigh(ds, seen_k))  # line 21
-                rows = cut(dq, 2, begin, tiles.queries) + rows
+                rows = cut(dq, 2, begin, tiles.queries) + unfold_queries(problem, tiles, rows)
                 dq = lax.dynamic_update_slice_in_dim(dq, rows, begin, 2)
-                dk = dk + clean(gather(ds, q_turned), seen_turned)  # line 22
-                return dq, sums, dk, dv
+                return dq, sums, dk + dk_part, dv + dv_part
 
             # Turned, as `gather` makes them: (b·h, D, keys).
             dk, dv = (jnp.zeros(x.swapaxes(1, 2).shape, accumulator) for x in (k, v))
             met = queries_met(problem, operands, tiles, start(j, problem.kv_length, tiles.keys))
-            every = query_tiles if every_tile else None
-            dq, sums, dk, dv = visit(met, step, (*carry, dk, dv), every=every)
+            dq, sums, dk, dv = visit(met, step, (*carry, dk, dv))
             dk, dv = (unfold_keys(tiles, x.swapaxes(1, 2)) for x in (dk, dv))
             return (dq, sums), (dk, dv)
 
         carry = jnp.zeros(operands.q.shape, accumulator), sums
         (dq, sums), (dk, dv) = lax.scan(key_tile, carry, count_up(key_tiles))
         dk, dv = join(dk, problem.kv_length, 2), join(dv, problem.kv_length, 2)
-        return (dq * problem.scale, dk * problem.scale, dv), sums
+        return (dq, dk, dv), sums
 
-    others = {n: x for n, x in given.operands.over_scores.items() if n in wanted}
+    others = {n: x for n, x in given.operands.added.items() if n in wanted}
     sums = {name: jnp.zeros(x.shape, accumulator) for name, x in others.items()}
-    gradients, sums = over_heads(
-        problem, tiles, head_tile, (given, d_out, (m, inverse, delta)), sums
-    )
-    dq, dk, dv = (x.astype(problem.dtype) for x in gradients)
+    gradients, sums = over_heads(problem, tiles, head_tile, (given, d_out, of_rows), sums)
+    return _gradients(problem, kept, others, *gradients, sums)
+
+
+def cotangent_as_sums(
+    problem: Problem,
+    given: Numbered,
+    kept: Kept,
+    out_cotangent: Array,
+    l_cotangent: Array,
+    *,
+    wanted: Sequence[str] = ("q", "k", "v"),
+    tiles: Tiles | None = None,
+) -> Operands:
+    """`cotangent` in sums over tiles, which have derivatives of every order."""
+    operands = given.operands
+    others = {n: x for n, x in operands.added.items() if n in wanted}
+    of_queries = _rows(operands.q, kept, out_cotangent, l_cotangent)
+    read = [("queries", x) for x in of_queries]
+    read += [("keys", x) for x in (operands.k, operands.v)]
+    read += [("scores", x) for x in operands.added.values()]
+    like = ("queries", operands.q), ("keys", operands.k), ("keys", operands.v)
+    like += tuple(("scores", x) for x in others.values())
+    into = [Sum.of(*x)._replace(dtype=problem.accumulator) for x in like]
+    function = OfTile(tuple(operands.added), tuple(others))
+    dq, dk, dv, *found = sums(problem, tiles, function, given, read, into)
+    return _gradients(problem, kept, others, dq, dk, dv, dict(zip(others, found, strict=True)))
+
+
+@dataclass(frozen=True)
+class OfTile:
+    """`_of_tile` as a `Function`: of q, k, v and what goes with them, then what is added to the scores."""
+
+    added: tuple[str, ...]
+    wanted: tuple[str, ...]
+
+    def __call__(self, problem: Problem, tiles: Tiles, tile: Tile, *read: Array) -> list[Array]:
+        beside, over_scores = read[:7], read[7:]
+        added = dict(zip(self.added, over_scores, strict=True))
+        tile = tile._replace(operands=tile.operands._replace(**added))
+        turned = (lax.optimization_barrier(x.swapaxes(1, 2)) for x in beside[:2])
+        dq, dk, dv, parts = _of_tile(problem, tiles, tile, self.wanted, *beside, *turned)
+        return [dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2), *(parts[n] for n in self.wanted)]
+
+
+def _rows(q: Array, kept: Kept, d_out: Array, d_l: Array) -> list[Array]:
+    """q, d_out, m, 1 / l and delta; of a row that sees no key zeros: its p is 0, and 0 is what it then meets."""
+    out, m, l = kept
+    alive = l != 0
+    q, d_out = (clean(x, alive[..., None]) for x in (q, d_out))
+    # Line 19: D = rowsum(dO ∘ O), for all rows at once.
+    delta = jnp.sum(d_out * out, axis=-1) - l * clean(d_l, alive)
+    return [q, d_out, m, clean(1 / jnp.where(alive, l, 1), alive), delta]
+
+
+def _of_tile(
+    problem: Problem,
+    tiles: Tiles,
+    tile: Tile,
+    wanted: Iterable[str],
+    q: Array,
+    do: Array,
+    m: Array,
+    inverse: Array,
+    delta: Array,
+    k: Array,
+    v: Array,
+    q_turned: Array,
+    do_turned: Array,
+) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """What a tile adds to dq and, turned, to dk and dv, before they are scaled, and to others wanted."""
+    m, inverse, delta = (x[..., None] for x in (m, inverse, delta))
+    seen = seen_keys(problem, tiles, tile.see)
+    seen_turned = None if seen is None else seen.swapaxes(1, 2)
+    k, v = clean(k, seen), clean(v, seen)
+    s, slope, _ = scores(problem, tiles, tile, q, k)
+    p = jnp.exp(s - m) * inverse  # line 13
+    dv = clean(gather(p, do_turned), seen_turned)  # line 16
+    dp = query_key(do, v)  # line 17
+    ds = p * (dp - delta)  # lines 19 and 20
+    parts = _of_added(problem, tiles, tile, ds, wanted)
+    if slope is not None:
+        ds = ds * slope
+    dq = weigh(ds, k)  # line 21
+    dk = clean(gather(ds, q_turned), seen_turned)  # line 22
+    return dq, dk, dv, parts
+
+
+def _gradients(
+    problem: Problem,
+    kept: Kept,
+    others: dict[str, Array],
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    sums: dict[str, Array],
+) -> Operands:
+    """The sums, scaled, in the operands' dtypes; a row that sees no key has no gradient."""
+    dq, dk, dv = (x.astype(problem.dtype) for x in (dq * problem.scale, dk * problem.scale, dv))
     found = {name: x.astype(others[name].dtype) for name, x in sums.items()}
-    return Operands(clean(dq, alive[..., None]), dk, dv, **found)
+    return Operands(clean(dq, (kept.l != 0)[..., None]), dk, dv, **found)
 
 
 def _of_added(

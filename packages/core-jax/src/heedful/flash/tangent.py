@@ -10,6 +10,7 @@ where m stands still: whatever is taken off the scores, out and lse = m + log l 
 forward pass kept makes e without a second softmax, as in Algorithm 4 of Dao et al. 2022.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
+from heedful.flash.tilewise import Sum, sums
 from heedful.rules.scores import added
 
 
@@ -57,15 +59,10 @@ def tangent(
     tangents: Operands,
     *,
     tiles: Tiles | None = None,
-    every_tile: bool = False,
 ) -> tuple[Array, Array]:
-    """The tangents of out and l along those of the operands (None: it stands still; q, k, v never do).
-
-    `every_tile` visits those that nobody sees too, in loops of a fixed length (see `tiles.visit`).
-    """
+    """The tangents of out and l along those of the operands (None: it stands still; q, k, v never do)."""
     tiles = tiles or tile_sizes(problem)
     query_tiles = count(problem.q_length, tiles.queries)
-    key_tiles = count(problem.kv_length, tiles.keys)
     accumulator = problem.accumulator
 
     def head_tile(arrays: Any, _: tuple[()]) -> tuple[tuple[Array, Array], tuple[()]]:
@@ -74,47 +71,108 @@ def tangent(
 
         def query_tile(i: Array) -> tuple[Array, Array]:
             out, m, l = (queries_of(problem, tiles, x, i) for x in kept)
-            alive = l != 0  # a row that sees no key has no tangent
+            alive = (l != 0)[..., None]
             q, q_dot = (
-                clean(widen(problem, queries_of(problem, tiles, x, i)), alive[..., None])
+                clean(widen(problem, queries_of(problem, tiles, x, i)), alive)
                 for x in (operands.q, tangents.q)
             )
 
             def step(j: Array, carry: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
                 out_sum, l_dot = carry
                 tile = tile_at(problem, tiles, given, i, j, masked)
-                seen = seen_keys(problem, tiles, tile.see)
-                k, v, k_dot, v_dot = (
-                    clean(widen(problem, keys_of(problem, tiles, x, j)), seen)
+                of_keys = (
+                    widen(problem, keys_of(problem, tiles, x, j))
                     for x in (operands.k, operands.v, tangents.k, tangents.v)
                 )
-                s, slope, _ = scores(problem, tiles, tile, q, k)
-                e = jnp.exp(s - m[..., None])
-                s_dot = (query_key(q_dot, k) + query_key(q, k_dot)) * problem.scale
-                if slope is not None:
-                    s_dot = s_dot * slope
-                if along := tangents.over_scores:
-                    cuts = {n: cut_scores(problem, tiles, x, i, j) for n, x in along.items()}
-                    s_dot = s_dot + _of_added(problem, tiles, tile, s.shape, cuts)
-                # Where e is 0, the tangent of the score may be anything, infinity too.
-                e_dot = e * clean(s_dot, e != 0)
-                out_sum = out_sum + weigh(e_dot, v) + weigh(e, v_dot)
-                return out_sum, l_dot + e_dot.sum(axis=-1)
+                over_scores = tangents.over_scores.items()
+                along = {n: cut_scores(problem, tiles, x, i, j) for n, x in over_scores}
+                out_part, l_part = _of_tile(problem, tiles, tile, along, q, q_dot, m, *of_keys)
+                return out_sum + out_part, l_dot + l_part
 
             out_sum = jnp.zeros((*q.shape[:2], problem.value_dim), accumulator)
             l_dot = jnp.zeros(q.shape[:2], accumulator)
             met = keys_met(problem, operands, tiles, start(i, problem.q_length, tiles.queries))
-            every = key_tiles if every_tile else None
-            out_sum, l_dot = visit(met, step, (out_sum, l_dot), every=every)
-            total = jnp.where(alive, l, 1)
-            out_dot = (out_sum - l_dot[..., None] * out) / total[..., None]
-            out_dot, l_dot = clean(out_dot, alive[..., None]), clean(l_dot, alive)
+            out_dot, l_dot = _of_rows(out, l, *visit(met, step, (out_sum, l_dot)))
             return unfold_queries(problem, tiles, out_dot), unfold_queries(problem, tiles, l_dot)
 
         out_dot, l_dot = lax.map(query_tile, count_up(query_tiles))
         return (join(out_dot, problem.q_length, 2), join(l_dot, problem.q_length, 2)), ()
 
     return over_heads(problem, tiles, head_tile, (given, kept, tangents))[0]
+
+
+def tangent_as_sums(
+    problem: Problem,
+    given: Numbered,
+    kept: Kept,
+    tangents: Operands,
+    *,
+    tiles: Tiles | None = None,
+) -> tuple[Array, Array]:
+    """`tangent` in sums over tiles, which have derivatives of every order."""
+    out, m, l = kept
+    operands, alive = given.operands, (l != 0)[..., None]
+    added, along = operands.added, tangents.over_scores
+    read = [("queries", clean(x, alive)) for x in (operands.q, tangents.q)]
+    read += [("queries", m)]
+    read += [("keys", x) for x in (operands.k, operands.v, tangents.k, tangents.v)]
+    read += [("scores", x) for x in (*added.values(), *along.values())]
+    into = [Sum.of("queries", x) for x in (out, l)]
+    function = OfTile(tuple(added), tuple(along))
+    return _of_rows(out, l, *sums(problem, tiles, function, given, read, into))
+
+
+@dataclass(frozen=True)
+class OfTile:
+    """`_of_tile` as a `Function`: of q, k, v and what goes with them, then what is added to the scores."""
+
+    added: tuple[str, ...]
+    moving: tuple[str, ...]
+
+    def __call__(
+        self, problem: Problem, tiles: Tiles, tile: Tile, *read: Array
+    ) -> tuple[Array, Array]:
+        beside, over_scores = read[:7], read[7:]
+        added = dict(zip(self.added, over_scores, strict=False))
+        along = dict(zip(self.moving, over_scores[len(added) :], strict=True))
+        tile = tile._replace(operands=tile.operands._replace(**added))
+        return _of_tile(problem, tiles, tile, along, *beside)
+
+
+def _of_tile(
+    problem: Problem,
+    tiles: Tiles,
+    tile: Tile,
+    along: dict[str, Array],
+    q: Array,
+    q_dot: Array,
+    m: Array,
+    k: Array,
+    v: Array,
+    k_dot: Array,
+    v_dot: Array,
+) -> tuple[Array, Array]:
+    """What a tile adds to Σ e (s' v + v') and to l'; `along`: tangents of what is added to the scores."""
+    seen = seen_keys(problem, tiles, tile.see)
+    k, v, k_dot, v_dot = (clean(x, seen) for x in (k, v, k_dot, v_dot))
+    s, slope, _ = scores(problem, tiles, tile, q, k)
+    e = jnp.exp(s - m[..., None])
+    s_dot = (query_key(q_dot, k) + query_key(q, k_dot)) * problem.scale
+    if slope is not None:
+        s_dot = s_dot * slope
+    if along:
+        s_dot = s_dot + _of_added(problem, tiles, tile, s.shape, along)
+    # Where e is 0, the tangent of the score may be anything, infinity too.
+    e_dot = e * clean(s_dot, e != 0)
+    return weigh(e_dot, v) + weigh(e, v_dot), e_dot.sum(axis=-1)
+
+
+def _of_rows(out: Array, l: Array, out_sum: Array, l_dot: Array) -> tuple[Array, Array]:
+    """out' and l' of what the tiles of a row add up to; a row that sees no key has no tangent."""
+    alive = l != 0
+    total = jnp.where(alive, l, 1)
+    out_dot = (out_sum - l_dot[..., None] * out) / total[..., None]
+    return clean(out_dot, alive[..., None]), clean(l_dot, alive)
 
 
 def _of_added(
