@@ -2,12 +2,13 @@
 
     python benchmarks/derivatives.py [LENGTH ...]        8192 and 32768 by default
 
-Prints, as a table in Markdown, the peak memory of a process of its own for each derivative and length:
-what it held before the compiled derivative ran, the peak, and what the compiler planned beside inputs and
-results. Of every result, rows are checked against float64: those of q, out and the log-sum-exp as they
-come, those of k and v in a second run of the same program, whose loss takes a few queries alone.
+Prints a table in Markdown. Each derivative has, at each length, a process of its own: how much that held
+before the compiled derivative ran, how much at most, and what the compiler planned beside inputs and
+results. All results are checked against float64: of out, the log-sum-exp and q a sample of rows; k's and
+v's whole, from a second run of the same program whose loss takes a few queries alone.
 """
 
+import os
 import platform
 import resource
 import subprocess
@@ -144,8 +145,10 @@ def one(name: str, length: int) -> None:
 def main() -> None:
     lengths = [int(n) for n in sys.argv[1:]] or [8192, 32768]
     print(
-        f"heedful {heedful.__version__}, jax {jax.__version__}, Python {platform.python_version()}\n\n"
-        "| derivative | length | before | peak | planned | time | error |\n|---|---|---|---|---|---|---|",
+        f"heedful {heedful.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
+        f"XLA_FLAGS {os.environ.get('XLA_FLAGS') or 'not set'}\n\n"
+        "| derivative | length | before | peak | planned | time | error |\n"
+        "|---|---|---|---|---|---|---|",
         flush=True,
     )
     for name in DERIVATIVES:

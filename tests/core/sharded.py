@@ -35,6 +35,13 @@ def tangent(call, q, k, v, moved, lengths):
     return jax.jvp(lambda q: call(q, k, v, lengths), (q,), (moved,))
 
 
+def twice(call, q, k, v, moved, lengths):
+    def gradient(q):
+        return jax.grad(lambda q: jnp.sin(call(q, k, v, lengths)).sum())(q)
+
+    return jax.vjp(gradient, q)[1](moved)
+
+
 def heads_that_cannot_be_cut(mesh):
     """Fewer key heads than devices, and a bias that rows and heads share: right, if with talk."""
     rng = np.random.default_rng(1)
@@ -63,7 +70,7 @@ def main(kind):
     axis = AxisType.Explicit if kind == "explicit" else AxisType.Auto
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis, axis))
     whole = {}
-    for function in (forward, reverse, tangent):
+    for function in (forward, reverse, tangent, twice):
         compiled = jax.jit(partial(function, attend)).lower(*arrays, lengths).compile()
         size = compiled.memory_analysis().temp_size_in_bytes
         whole[function] = compiled(*arrays, lengths), size
@@ -77,7 +84,7 @@ def main(kind):
         eager = call(*sharded[:3], jnp.asarray(lengths)) if kind != "shard_map" else None
         assert eager is None or eager.sharding.is_equivalent_to(sharded[0].sharding, 4)
         placed = jax.device_put(lengths, NamedSharding(mesh, P(*spec[:1])))
-        for function in (forward, reverse, tangent):
+        for function in (forward, reverse, tangent, *([twice] if name == "both" else [])):
             expected, size = whole[function]
             compiled = jax.jit(partial(function, call)).lower(*sharded, placed).compile()
             found = set(COLLECTIVE.findall(compiled.as_text()))

@@ -66,6 +66,7 @@ def assert_close(a, b, tolerance=1e-12):
 
 
 small_flash = partial(flash, tiles=TILES)
+KEEPING = jax.checkpoint_policies.save_only_these_names(*RESIDUALS)
 
 QUESTIONS = {
     "full": {},
@@ -108,27 +109,30 @@ def test_a_broadcast_bias_gets_the_sum_of_its_gradients(bias_shape):
     )
 
 
-def test_second_order_in_every_composition_is_that_of_plain():
+def test_higher_orders_in_every_composition_are_those_of_plain():
     _, _, moving, loss = ask(batch=1, q_heads=2, kv_heads=1, softcap=1.5, causal=True)
     along = normal_like(moving)
 
-    def slope(f, x):
-        return jax.jvp(f, (x,), (along,))[1]
+    def derive(order, attend):
+        f = jax.jit(partial(order, partial(loss, attend)), compiler_options=dict(QUICKLY))
+        return f(moving, along)
 
-    def forward_over_reverse(f):
-        return slope(jax.grad(f), moving)
+    expected = derive(forward_over_reverse, plain)
+    for order in (forward_over_reverse, reverse_over_forward, reverse_over_reverse):
+        assert_close(derive(order, small_flash), expected, 1e-11)
+    assert_close(derive(thrice_reverse, small_flash), derive(thrice_reverse, plain), 1e-10)
 
-    def reverse_over_forward(f):
-        return jax.grad(partial(slope, f))(moving)
 
-    def reverse_over_reverse(f):
-        return jax.vjp(jax.grad(f), moving)[1](along)[0]
-
-    expected = forward_over_reverse(partial(loss, plain))
-    for compose in (forward_over_reverse, reverse_over_forward, reverse_over_reverse):
-        assert_close(
-            jax.jit(compose, static_argnums=0)(partial(loss, small_flash)), expected, 1e-11
-        )
+def test_hessians_are_those_of_plain():
+    """Of all that is differentiable at once, each with all, under jit, vmap and a checkpoint."""
+    slopes = np.array([0.5, 0.25, -0.1, 0.0])
+    options = {"alibi_slopes": slopes, "sinks": slopes, "bias": np.ones((1, 4, 1, 7))}
+    sizes = {"batch": 2, "q_length": 5, "kv_length": 7}
+    _, _, moving, loss = ask(**sizes, **options, causal=True, softcap=1.5)
+    attend = partial(flash, tiles=Tiles(1, 2, 2, 3))
+    f = jax.checkpoint(partial(loss, attend), policy=KEEPING)
+    found = jax.jit(jax.hessian(f), compiler_options=dict(QUICKLY))(moving)
+    assert_close(found, jax.jit(jax.hessian(partial(loss, plain)))(moving), 1e-11)
 
 
 def relative(found, expected):
@@ -246,6 +250,10 @@ def test_bfloat16_products_of_any_shape_compile(q_heads, kv_heads, q_length, kv_
 
 
 # What nobody sees may hold anything, and so may what stands in its place in tangents and cotangents
+
+
+def gradient(f, x, along):
+    return jax.grad(f)(x)
 
 
 def first(f, x, along):
@@ -403,13 +411,14 @@ def test_a_checkpoint_that_saves_the_named_residuals_runs_forward_once():
     _, _, moving, loss = ask()
     f = partial(loss, small_flash)
 
-    def forwards(policy):
-        text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(f, policy=policy)))(moving))
+    def forwards(order, policy):
+        checkpointed = jax.checkpoint(f, policy=policy)
+        text = str(jax.make_jaxpr(partial(order, checkpointed))(moving, moving))
         return text.count("heedful_forward[")
 
-    saving = jax.checkpoint_policies.save_only_these_names(*RESIDUALS)
-    assert forwards(None) == 2
-    assert forwards(saving) == 1
+    for order, without in ((gradient, 2), (forward_over_reverse, 2), (reverse_over_reverse, 3)):
+        assert forwards(order, None) == without
+        assert forwards(order, KEEPING) == 1
 
 
 # Which tiles are visited
@@ -498,12 +507,10 @@ def test_tiles_divide_the_heads_and_fit_their_size(batch, kv_heads, group, q_len
 # Memory, as the compiler plans it
 
 
-def planned_bytes(function, length, **sizes):
-    heads, kv_heads = sizes.get("heads", 1), sizes.get("kv_heads", 1)
+def planned_bytes(function, length, heads=1):
     q = jax.ShapeDtypeStruct((1, heads, length, 64), "float32")
-    k = jax.ShapeDtypeStruct((1, kv_heads, length, 64), "float32")
-    memory = jax.jit(function).lower(q, k, k).compile().memory_analysis()
-    return memory.temp_size_in_bytes
+    compiled = jax.jit(function, compiler_options=dict(QUICKLY)).lower(q, q, q).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def attend(q, k, v):
@@ -521,6 +528,25 @@ def test_memory_is_linear_in_the_length(function):
     arrays = 65536 * 64 * 4
     assert long - short < 6 * arrays
     assert long < 65536**2 * 4 / 100  # a score matrix, and two orders of magnitude to spare
+
+
+@pytest.mark.parametrize(
+    "order",
+    [first, forward_over_reverse, reverse_over_forward, reverse_over_reverse, thrice_reverse],
+)
+def test_memory_is_linear_in_the_length_at_any_order(order):
+    """Of more heads than a tile holds."""
+
+    def loss(qkv):
+        call = Call.of(*qkv, causal=True)
+        out, lse = flash(call.problem, call.operands)
+        return jnp.sin(out).sum() + jnp.sin(lse).sum()
+
+    def derivative(*qkv):
+        return order(loss, qkv, qkv)
+
+    short, long = (planned_bytes(derivative, length, heads=4) for length in (4096, 8192))
+    assert long < 2.2 * short
 
 
 def test_grouped_keys_are_not_repeated():

@@ -5,7 +5,9 @@
     forward.py     Algorithms 1 and 2 of Dao et al. 2022: out, and m and l of each row
     tangent.py     its tangent, by what the forward pass kept
     cotangent.py   Algorithm 4: the transpose of the tangent
+    sums.py        sums over tiles: what tangent and cotangent are, and all derivatives of theirs
     autodiff.py    the three as JAX primitives, whose rules give every order of derivative, and `vmap`
+    primitive.py   what primitives have in common
     partition.py   how they are lowered, and spread over devices
 
 What scores are and who sees whom is said once for everybody, in `heedful.rules`. Begin with `forward`;

@@ -6,8 +6,8 @@
 
 With these, JAX derives the rest: reverse mode that saves the operands, out, m and l, forward mode,
 and their compositions of any order. m is a shift, which changes neither out nor lse = m + log l: it
-stands still in every derivative. From the second order on the derivatives are those of the blockwise
-functions with loops of a fixed length, which JAX can transpose; their memory is not linear.
+stands still in every derivative. From the second order on the derivatives are those of tangent and
+cotangent as sums over tiles (see `sums.py`), which are such sums again, so their memory is linear too.
 
 `custom_vjp` would give up forward mode, and `custom_jvp` alone would transpose every slice of every
 tile into an update of a whole gradient.
@@ -175,7 +175,7 @@ def _jvp_of_sums(
     tangents: Sequence[Any],
     **params: Any,
 ) -> tuple[list[Array], list[Array]]:
-    """The tangent of a blockwise function as JAX derives it, along the arguments that move."""
+    """The tangent of a blockwise function that is a sum over tiles, along the arguments that move."""
     moving = [n for n, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
     def of_moving(*args: Array) -> list[Array]:

@@ -32,6 +32,7 @@ from heedful.flash.scores import (
     wide,
     widen,
 )
+from heedful.flash.sums import Sum, lying, sum_over_tiles
 from heedful.flash.tiles import (
     Tiles,
     count,
@@ -44,7 +45,6 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
-from heedful.flash.tilewise import Sum, sums
 from heedful.rules.scores import added
 
 
@@ -86,10 +86,10 @@ def cotangent(
                 q = widen(problem, queries_of(problem, tiles, operands.q, i))
                 do = widen(problem, queries_of(problem, tiles, d_out, i))
                 q_turned, do_turned = (turned_queries_of(problem, tiles, x, i) for x in turned)
-                at_rows = (queries_of(problem, tiles, x, i) for x in of_rows)
+                m, inverse, delta = (queries_of(problem, tiles, x, i) for x in of_rows)
                 tile = tile_at(problem, tiles, given, i, j, masked)
                 rows, dk_part, dv_part, parts = _of_tile(
-                    problem, tiles, tile, sums, q, do, *at_rows, k, v, q_turned, do_turned
+                    problem, tiles, tile, sums, q, do, m, inverse, delta, k, v, q_turned, do_turned
                 )
                 sums = {n: add_cut(problem, tiles, sums[n], x, i, j) for n, x in parts.items()}
                 begin = start(i, problem.q_length, tiles.queries)
@@ -111,8 +111,9 @@ def cotangent(
 
     others = {n: x for n, x in given.operands.added.items() if n in wanted}
     sums = {name: jnp.zeros(x.shape, accumulator) for name, x in others.items()}
-    gradients, sums = over_heads(problem, tiles, head_tile, (given, d_out, of_rows), sums)
-    return _gradients(problem, kept, others, *gradients, sums)
+    arrays = given, d_out, of_rows
+    (dq, dk, dv), sums = over_heads(problem, tiles, head_tile, arrays, sums)
+    return _gradients(problem, kept, others, dq, dk, dv, sums)
 
 
 def cotangent_as_sums(
@@ -125,24 +126,22 @@ def cotangent_as_sums(
     wanted: Sequence[str] = ("q", "k", "v"),
     tiles: Tiles | None = None,
 ) -> Operands:
-    """`cotangent` in sums over tiles, which have derivatives of every order."""
+    """The same as a sum over tiles, which has derivatives of every order."""
     operands = given.operands
     others = {n: x for n, x in operands.added.items() if n in wanted}
     of_queries = _rows(operands.q, kept, out_cotangent, l_cotangent)
-    read = [("queries", x) for x in of_queries]
-    read += [("keys", x) for x in (operands.k, operands.v)]
-    read += [("scores", x) for x in operands.added.values()]
-    like = ("queries", operands.q), ("keys", operands.k), ("keys", operands.v)
-    like += tuple(("scores", x) for x in others.values())
-    into = [Sum.of(*x)._replace(dtype=problem.accumulator) for x in like]
+    of_keys = operands.k, operands.v
+    read = lying(of_queries, of_keys, operands.added.values())
+    like = lying([operands.q], of_keys, others.values())
+    into = [Sum.of(along, x)._replace(dtype=problem.accumulator) for along, x in like]
     function = OfTile(tuple(operands.added), tuple(others))
-    dq, dk, dv, *found = sums(problem, tiles, function, given, read, into)
+    dq, dk, dv, *found = sum_over_tiles(problem, tiles, function, given, read, into)
     return _gradients(problem, kept, others, dq, dk, dv, dict(zip(others, found, strict=True)))
 
 
 @dataclass(frozen=True)
 class OfTile:
-    """`_of_tile` as a `Function`: of q, k, v and what goes with them, then what is added to the scores."""
+    """`_of_tile` of what `sum_over_tiles` reads: what is added to the scores comes behind the rest."""
 
     added: tuple[str, ...]
     wanted: tuple[str, ...]
@@ -153,11 +152,14 @@ class OfTile:
         tile = tile._replace(operands=tile.operands._replace(**added))
         turned = (lax.optimization_barrier(x.swapaxes(1, 2)) for x in beside[:2])
         dq, dk, dv, parts = _of_tile(problem, tiles, tile, self.wanted, *beside, *turned)
+        dk, dv = lax.optimization_barrier(
+            (dk, dv)
+        )  # or the turn back joins the product (see `turn`)
         return [dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2), *(parts[n] for n in self.wanted)]
 
 
 def _rows(q: Array, kept: Kept, d_out: Array, d_l: Array) -> list[Array]:
-    """q, d_out, m, 1 / l and delta; of a row that sees no key zeros: its p is 0, and 0 is what it then meets."""
+    """q, d_out, m, 1 / l and delta. Of a row that sees no key p is 0, and 0 is what it then meets."""
     out, m, l = kept
     alive = l != 0
     q, d_out = (clean(x, alive[..., None]) for x in (q, d_out))

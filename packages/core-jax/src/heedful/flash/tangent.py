@@ -37,6 +37,7 @@ from heedful.flash.scores import (
     wide,
     widen,
 )
+from heedful.flash.sums import Sum, lying, sum_over_tiles
 from heedful.flash.tiles import (
     Tiles,
     count,
@@ -48,7 +49,6 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
-from heedful.flash.tilewise import Sum, sums
 from heedful.rules.scores import added
 
 
@@ -60,7 +60,7 @@ def tangent(
     *,
     tiles: Tiles | None = None,
 ) -> tuple[Array, Array]:
-    """The tangents of out and l along those of the operands (None: it stands still; q, k, v never do)."""
+    """The tangents of out and l along those of the operands (None stands still; q, k, v never do)."""
     tiles = tiles or tile_sizes(problem)
     query_tiles = count(problem.q_length, tiles.queries)
     accumulator = problem.accumulator
@@ -109,22 +109,21 @@ def tangent_as_sums(
     *,
     tiles: Tiles | None = None,
 ) -> tuple[Array, Array]:
-    """`tangent` in sums over tiles, which have derivatives of every order."""
+    """The same as a sum over tiles, which has derivatives of every order."""
     out, m, l = kept
     operands, alive = given.operands, (l != 0)[..., None]
     added, along = operands.added, tangents.over_scores
-    read = [("queries", clean(x, alive)) for x in (operands.q, tangents.q)]
-    read += [("queries", m)]
-    read += [("keys", x) for x in (operands.k, operands.v, tangents.k, tangents.v)]
-    read += [("scores", x) for x in (*added.values(), *along.values())]
+    of_queries = clean(operands.q, alive), clean(tangents.q, alive), m
+    of_keys = operands.k, operands.v, tangents.k, tangents.v
+    read = lying(of_queries, of_keys, [*added.values(), *along.values()])
     into = [Sum.of("queries", x) for x in (out, l)]
     function = OfTile(tuple(added), tuple(along))
-    return _of_rows(out, l, *sums(problem, tiles, function, given, read, into))
+    return _of_rows(out, l, *sum_over_tiles(problem, tiles, function, given, read, into))
 
 
 @dataclass(frozen=True)
 class OfTile:
-    """`_of_tile` as a `Function`: of q, k, v and what goes with them, then what is added to the scores."""
+    """`_of_tile` of what `sum_over_tiles` reads: what is added to the scores comes behind the rest."""
 
     added: tuple[str, ...]
     moving: tuple[str, ...]
@@ -152,7 +151,7 @@ def _of_tile(
     k_dot: Array,
     v_dot: Array,
 ) -> tuple[Array, Array]:
-    """What a tile adds to Σ e (s' v + v') and to l'; `along`: tangents of what is added to the scores."""
+    """What a tile adds to Σ e (s' v + v') and to l'. `along`: of what is added to the scores."""
     seen = seen_keys(problem, tiles, tile.see)
     k, v, k_dot, v_dot = (clean(x, seen) for x in (k, v, k_dot, v_dot))
     s, slope, _ = scores(problem, tiles, tile, q, k)

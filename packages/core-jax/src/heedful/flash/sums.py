@@ -6,11 +6,11 @@ arrays. Both are of three kinds, along the queries, along the keys and over the 
     the tangent     sums the tangents of the function
     the transpose   reads where it summed, and sums where it read
 
-so with one primitive and these two rules no derivative keeps anything of a tile: each makes its tiles
+so with one primitive and these two rules no derivative keeps anything of a tile. Each makes its tiles
 anew, visits those that somebody sees, and takes the memory of the arrays that it reads and sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -51,12 +51,12 @@ Along = Literal["queries", "keys", "scores"]
 
 
 class Sum(NamedTuple):
-    """What is summed into.
+    """What is summed into, whatever the sizes of the problem.
 
     Attributes:
-        along: (B, Hq, Sq, ...), (B, Hkv, Sk, ...), or broadcasting beside the scores.
-        rest: the sizes that follow; over the scores, which axes are full and not 1.
-        dtype: of the result; sums are made in the accumulator's.
+        along: the queries, (B, Hq, Sq, ...), the keys, (B, Hkv, Sk, ...), or over the scores.
+        rest: the sizes that follow; over the scores, which of the four axes are full and not 1.
+        dtype: of the result; it is summed in the accumulator's.
     """
 
     along: Along
@@ -71,21 +71,20 @@ class Sum(NamedTuple):
 
     def shape(self, problem: Problem) -> tuple[int, ...]:
         """Of the result."""
-        batch, q_length, kv_length = problem.batch, problem.q_length, problem.kv_length
-        match self.along:
-            case "queries":
-                return batch, problem.q_heads, q_length, *self.rest
-            case "keys":
-                return batch, problem.kv_heads, kv_length, *self.rest
-        every = batch, problem.q_heads, q_length, kv_length
-        return tuple(n if full else 1 for n, full in zip(every, self.rest, strict=True))
+        if self.along == "keys":
+            return problem.batch, problem.kv_heads, problem.kv_length, *self.rest
+        of_queries = problem.batch, problem.q_heads, problem.q_length
+        if self.along == "queries":
+            return *of_queries, *self.rest
+        axes = zip((*of_queries, problem.kv_length), self.rest, strict=True)
+        return tuple(n if full else 1 for n, full in axes)
 
 
 class Function(Protocol):
-    """Of a tile: (what it reads, cut, folded, and widened as products take it) → the parts of the sums.
+    """What it reads of a tile, folded as in `scores.py` and widened, → the parts of the sums.
 
     It is hashable, and equal to what computes the same: what is compiled is kept by it. A query and a
-    key that `tile.see` hides from one another must add 0 to every part.
+    key that `tile.see` hides from one another add 0 to every part.
     """
 
     def __call__(
@@ -95,7 +94,7 @@ class Function(Protocol):
 
 @dataclass(frozen=True)
 class Tangent:
-    """The tangent of a function: it reads what that reads, then tangents of those `moving`."""
+    """The tangent of a function: reads what that reads, then tangents of what moves of it."""
 
     of: Function
     moving: tuple[int, ...]
@@ -108,7 +107,7 @@ class Tangent:
 
 @dataclass(frozen=True)
 class Cotangent:
-    """Its transpose: it reads what the function reads, then cotangents of its parts."""
+    """The transpose of `Tangent`: reads what the function reads, then cotangents of its parts."""
 
     of: Function
     moving: tuple[int, ...]
@@ -124,12 +123,20 @@ class Cotangent:
 def _of_moving(
     derived: Tangent | Cotangent, where: tuple[Any, ...], at: Sequence[Array], *moved: Array
 ) -> list[Array]:
-    """The function as one of what moves alone."""
+    """The function, of what moves alone."""
     every = dict(enumerate(at)) | dict(zip(derived.moving, moved, strict=True))
     return list(derived.of(*where, *every.values()))
 
 
-def sums(
+def lying(
+    queries: Iterable[Array], keys: Iterable[Array], scores: Iterable[Array]
+) -> list[tuple[Along, Array]]:
+    """Arrays, and how each of them lies."""
+    of: dict[Along, Iterable[Array]] = {"queries": queries, "keys": keys, "scores": scores}
+    return [(along, x) for along, arrays in of.items() for x in arrays]
+
+
+def sum_over_tiles(
     problem: Problem,
     tiles: Tiles | None,
     function: Function,
@@ -144,12 +151,12 @@ def sums(
         tiles: the sizes; None: `tile_sizes` chooses them.
         function: of a tile.
         given: what says where a tile stands and what is seen in it; it stands still in derivatives.
-        read: what the function reads, and how it lies.
+        read: what the function reads, and how it lies (see `lying`).
         into: what its parts are summed into.
     """
     given = given._replace(operands=given.operands._replace(q=None, k=None, v=None))
     leaves, tree = jax.tree.flatten(lax.stop_gradient(given))
-    return sums_p.bind(
+    return sum_p.bind(
         *leaves,
         *(x for _, x in read),
         problem=problem,
@@ -161,7 +168,7 @@ def sums(
     )
 
 
-def _sums(
+def _sum_over_tiles(
     *flat: Array,
     problem: Problem,
     tree: Any,
@@ -182,9 +189,7 @@ def _sums(
                 cuts = [_cut(along, x, *at) for along, x in zip(read, arrays, strict=True)]
                 parts = function(problem, tiles, tile, *cuts)
                 each = zip(into, totals, parts, strict=True)
-                return [
-                    _add(s.along, total, part.astype(total.dtype), *at) for s, total, part in each
-                ]
+                return [_add(s.along, total, part, *at) for s, total, part in each]
 
             begin = start(j, problem.kv_length, tiles.keys)
             return visit(queries_met(problem, given.operands, tiles, begin), step, totals), None
@@ -192,11 +197,9 @@ def _sums(
         key_tiles = count_up(count(problem.kv_length, tiles.keys))
         return (), lax.scan(key_tile, totals, key_tiles)[0]
 
-    given = jax.tree.unflatten(tree, flat[: tree.num_leaves])
+    arrays = jax.tree.unflatten(tree, flat[: tree.num_leaves]), flat[tree.num_leaves :]
     totals = [jnp.zeros(s.shape(problem), problem.accumulator) for s in into]
-    _, totals = over_heads(
-        problem, tiles, head_tile, (given, list(flat[tree.num_leaves :])), totals
-    )
+    _, totals = over_heads(problem, tiles, head_tile, arrays, totals)
     return [x.astype(s.dtype) for s, x in zip(into, totals, strict=True)]
 
 
@@ -204,25 +207,26 @@ def _cut(along: Along, x: Array, problem: Problem, tiles: Tiles, i: Array, j: Ar
     """What tile (i, j) has of an array."""
     if along == "scores":
         return cut_scores(problem, tiles, x, i, j).astype(problem.accumulator)
-    folded = (
-        queries_of(problem, tiles, x, i) if along == "queries" else keys_of(problem, tiles, x, j)
-    )
-    return widen(problem, folded)
+    of, index = (queries_of, i) if along == "queries" else (keys_of, j)
+    return widen(problem, of(problem, tiles, x, index))
 
 
 def _add(
     along: Along, total: Array, part: Array, problem: Problem, tiles: Tiles, i: Array, j: Array
 ) -> Array:
     """Adds what tile (i, j) gives."""
+    part = part.astype(total.dtype)
     if along == "scores":
         return add_cut(problem, tiles, total, part, i, j)
     if along == "queries":
-        part, size = unfold_queries(problem, tiles, part), tiles.queries
-        begin = start(i, problem.q_length, size)
+        part, begin = (
+            unfold_queries(problem, tiles, part),
+            start(i, problem.q_length, tiles.queries),
+        )
     else:
-        part, size = unfold_keys(tiles, part), tiles.keys
-        begin = start(j, problem.kv_length, size)
-    return lax.dynamic_update_slice_in_dim(total, cut(total, 2, begin, size) + part, begin, 2)
+        part, begin = unfold_keys(tiles, part), start(j, problem.kv_length, tiles.keys)
+    part = cut(total, 2, begin, part.shape[2]) + part
+    return lax.dynamic_update_slice_in_dim(total, part, begin, 2)
 
 
 def _results(*avals: Any, problem: Problem, into: tuple[Sum, ...], **_: Any) -> list[Any]:
@@ -230,7 +234,7 @@ def _results(*avals: Any, problem: Problem, into: tuple[Sum, ...], **_: Any) -> 
 
 
 PARAMS = ("problem", "tree", "tiles", "function", "read", "into")
-sums_p = primitive("heedful_sums", _sums, _results, *PARAMS)
+sum_p = primitive("heedful_sum_over_tiles", _sum_over_tiles, _results, *PARAMS)
 
 
 def _jvp(
@@ -242,10 +246,10 @@ def _jvp(
     read: tuple[Along, ...],
     **params: Any,
 ) -> tuple[list[Array], list[Array]]:
-    found = sums_p.bind(*primals, tree=tree, function=function, read=read, **params)
+    found = sum_p.bind(*primals, tree=tree, function=function, read=read, **params)
     along = tangents[tree.num_leaves :]
     moving = tuple(n for n, t in enumerate(along) if not isinstance(t, ad.Zero))
-    found_dot = sums_p.bind(
+    found_dot = sum_p.bind(
         *primals,
         *(along[n] for n in moving),
         tree=tree,
@@ -265,12 +269,12 @@ def _transpose(
     into: tuple[Sum, ...],
     **params: Any,
 ) -> list[Array | None]:
-    assert isinstance(function, Tangent)  # of what stands here nothing else is linear
+    assert isinstance(function, Tangent)  # nothing else is asked to be linear
     reads = len(read) - len(function.moving)
     fixed, tangents = flat[: -len(function.moving)], flat[-len(function.moving) :]
     asked = [n for n, t in enumerate(tangents) if ad.is_undefined_primal(t)]
     moving = tuple(function.moving[n] for n in asked)
-    gradients = sums_p.bind(
+    gradients = sum_p.bind(
         *fixed,
         *map(ad.instantiate_zeros, cotangents),
         tree=tree,
@@ -301,8 +305,8 @@ def _vmap(
     shared = all(s.along != "scores" for s in into)
     whole = [False] * tree.num_leaves + [along != "scores" or not shared for along in read]
     each = [s._replace(rest=(True, *s.rest[1:])) if s.along == "scores" else s for s in into]
-    results = sums_p.bind(
-        *(fold(*x, size, problem.batch, w) for *x, w in zip(args, axes, whole, strict=True)),
+    results = sum_p.bind(
+        *(fold(x, a, size, problem.batch, w) for x, a, w in zip(args, axes, whole, strict=True)),
         problem=replace(problem, batch=size * problem.batch),
         tree=tree,
         read=read,
@@ -316,6 +320,6 @@ def _vmap(
     return results, [0] * len(results)
 
 
-ad.primitive_jvps[sums_p] = _jvp
-ad.primitive_transposes[sums_p] = _transpose
-batching.primitive_batchers[sums_p] = _vmap
+ad.primitive_jvps[sum_p] = _jvp
+ad.primitive_transposes[sum_p] = _transpose
+batching.primitive_batchers[sum_p] = _vmap
