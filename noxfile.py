@@ -225,6 +225,12 @@ def longseq(session: nox.Session) -> None:
     run(session, "python", "benchmarks/longseq.py", *session.posargs)
 
 
+@shared_session(default=False)
+def derivatives(session: nox.Session) -> None:
+    """Measure the memory of derivatives, to the third order, at 8192 and 32768 keys."""
+    run(session, "python", "benchmarks/derivatives.py", *session.posargs)
+
+
 @nox.session(venv_backend="none", default=False)
 def gpu(session: nox.Session) -> None:
     """Test what needs a GPU, in the Python on PATH with its own CUDA builds of jax and torch."""

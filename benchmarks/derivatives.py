@@ -1,4 +1,4 @@
-"""Memory of derivatives over length: causal flash attention of one head, up to Hessian-vector products.
+"""Memory of derivatives over length: causal flash attention of one head, to the third order.
 
     python benchmarks/derivatives.py [LENGTH ...]        8192 and 32768 by default
 
@@ -64,6 +64,13 @@ def reverse_over_reverse(attend: Attend, x: Arrays, along: Arrays, weights: Arra
     return jax.vjp(jax.grad(partial(loss, attend, weights)), x)[1](along)[0]
 
 
+def thrice_reverse(attend: Attend, x: Arrays, along: Arrays, weights: Arrays) -> Any:
+    def second(x: Arrays) -> Any:
+        return reverse_over_reverse(attend, x, along, weights)
+
+    return jax.vjp(second, x)[1](along)[0]
+
+
 DERIVATIVES = {
     "forward": forward,
     "jvp": jvp,
@@ -71,6 +78,7 @@ DERIVATIVES = {
     "HVP, forward over reverse": forward_over_reverse,
     "HVP, reverse over forward": reverse_over_forward,
     "HVP, reverse over reverse": reverse_over_reverse,
+    "third, reverse thrice": thrice_reverse,
 }
 
 

@@ -107,7 +107,7 @@ def cotangent(
         carry = jnp.zeros(operands.q.shape, accumulator), sums
         (dq, sums), (dk, dv) = lax.scan(key_tile, carry, count_up(key_tiles))
         dk, dv = join(dk, problem.kv_length, 2), join(dv, problem.kv_length, 2)
-        return (dq, dk, dv), sums
+        return (dq * problem.scale, dk * problem.scale, dv), sums
 
     others = {n: x for n, x in given.operands.added.items() if n in wanted}
     sums = {name: jnp.zeros(x.shape, accumulator) for name, x in others.items()}
@@ -136,6 +136,7 @@ def cotangent_as_sums(
     into = [Sum.of(along, x)._replace(dtype=problem.accumulator) for along, x in like]
     function = OfTile(tuple(operands.added), tuple(others))
     dq, dk, dv, *found = sum_over_tiles(problem, tiles, function, given, read, into)
+    dq, dk = dq * problem.scale, dk * problem.scale
     return _gradients(problem, kept, others, dq, dk, dv, dict(zip(others, found, strict=True)))
 
 
@@ -210,8 +211,8 @@ def _gradients(
     dv: Array,
     sums: dict[str, Array],
 ) -> Operands:
-    """The sums, scaled, in the operands' dtypes; a row that sees no key has no gradient."""
-    dq, dk, dv = (x.astype(problem.dtype) for x in (dq * problem.scale, dk * problem.scale, dv))
+    """The sums in the operands' dtypes; a row that sees no key has no gradient."""
+    dq, dk, dv = (x.astype(problem.dtype) for x in (dq, dk, dv))
     found = {name: x.astype(others[name].dtype) for name, x in sums.items()}
     return Operands(clean(dq, (kept.l != 0)[..., None]), dk, dv, **found)
 
