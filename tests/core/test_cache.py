@@ -1,6 +1,7 @@
 """Decoding against a float64 computation in NumPy, row by row, that keeps each row's tokens in a list.
 
-Chunks of keys are small, so that a cache has several, and a last one that overlaps where it must.
+Chunks of keys are small, so that a cache has several; and no size divides its room, so that the last one
+overlaps the one before it.
 """
 
 from functools import partial
@@ -15,7 +16,7 @@ from compilations import counted
 from heedful import cache
 from heedful_crosscheck.callers import QUICKLY
 
-B, Q_HEADS, KV_HEADS, DIM, VALUE_DIM, ROOM = 4, 4, 2, 8, 6, 21
+B, Q_HEADS, KV_HEADS, DIM, VALUE_DIM, ROOM = 4, 4, 2, 8, 6, 23
 LENGTHS = [0, 3, 17, 9]
 POSITIONS, PAGE, BLOCKS = 32, 4, 6
 ANGLES = np.random.default_rng(1).uniform(0, 6, (POSITIONS, 3))

@@ -2,9 +2,9 @@
 
     import heedful_torch.flash_attn as flash_attn
 
-Names, signatures and meaning are those of flash-attn 2.8.3, whose functions of dense sequences, of
-a cache and of padding are here. Not here, and no names either, so that to import them fails: its functions of
-packed sequences (`flash_attn_varlen_func` and its packed twins).
+Names, signatures and meaning are those of flash-attn 2.8.3, whose functions of dense sequences, of a
+cache and of padding are here. Not here, and no names either, so that to import them fails: its functions
+of packed sequences (`flash_attn_varlen_func` and its packed twins).
 """
 
 from heedful_torch.flash_attn import bert_padding
