@@ -175,7 +175,7 @@ def test_float64_and_wide_heads_are_refused():
 class FlashAttnInterface(ModuleType):
     """`flash_attn.flash_attn_interface` by its documentation, in float64."""
 
-    def _probabilities(self, q, k, scale, causal, left, right, softcap):
+    def _probabilities(self, q, k, scale, causal, left, right, softcap, slopes=None):
         assert left >= -1 and right >= -1 and scale > 0
         group = q.shape[2] // k.shape[2]
         q, k = (x.transpose(1, 2).double() for x in (q, k))
@@ -188,18 +188,23 @@ class FlashAttnInterface(ModuleType):
             seen &= j <= p + (0 if causal else right)
         if left >= 0:
             seen &= j >= p - left
+        distance = (p - j).abs()
+        if causal and not 0 <= left < k.shape[2]:  # its alibi.h: the bias of a column alone
+            distance = -j.expand_as(seen)
+        factor = 1 - (capped / softcap) ** 2 if softcap else 1.0
+        if slopes is not None:
+            assert slopes.shape == q.shape[:2] and slopes.dtype == torch.float32
+            capped = capped - slopes.double()[..., None, None] * distance
         assert seen.any(1).all()  # of an empty row its lse is +inf
-        return torch.where(seen, capped, -torch.inf), 1 - (
-            capped / softcap
-        ) ** 2 if softcap else 1.0
+        return torch.where(seen, capped, -torch.inf), factor
 
     def _flash_attn_forward(
         self, q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
         alibi_slopes, return_softmax,
     ):  # fmt: skip
-        assert not dropout_p and alibi_slopes is None and not return_softmax
+        assert not dropout_p and not return_softmax
         assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0
-        told = softmax_scale, causal, window_size_left, window_size_right, softcap
+        told = softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
         scores, _ = self._probabilities(q, k, *told)
         group = q.shape[2] // k.shape[2]
         values = v.transpose(1, 2).double().repeat_interleave(group, 1)
@@ -210,7 +215,7 @@ class FlashAttnInterface(ModuleType):
         self, dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
-        told = softmax_scale, causal, window_size_left, window_size_right, softcap
+        told = softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
         scores, slope = self._probabilities(q, k, *told)
         group = q.shape[2] // k.shape[2]
         wide = [x.transpose(1, 2).double() for x in (dout, q, k, v, out)]
@@ -280,6 +285,54 @@ def agrees_with_the_reference(kernel, takes, options, lengths, with_lse):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_cuda_kernels_are_told_what_is_asked(options, lengths):
     agrees_with_the_reference(two.CUDA, two.FlashAttn2.takes, options, lengths, with_lse=True)
+
+
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"causal": "top_left"}, {"window": (5, 2)}, {"softcap": 2.0, "causal": True}],
+    ids=str,
+)  # fmt: skip
+def test_cuda_kernels_are_told_slopes_so_that_their_lse_is_right(options, lengths):
+    if options.get("causal") == "top_left" and lengths[0] > lengths[1]:
+        pytest.skip("its diagonal does not end in a corner")
+    slopes = torch.tensor([[0.5, -0.2, 0.1, 0.0]])
+    asked = options | {"alibi_slopes": slopes.requires_grad_()}
+    primals = qkv(Sq=lengths[0], Sk=lengths[1], D=12)
+    call = Call.of(*primals, **asked, return_lse=True)
+    assert not limits(two.CUDA, call.problem, two.FlashAttn2.takes)
+    results = attend(two.CUDA, call.problem, call.operands)
+    right = heedful.attention(*primals, **asked, return_lse=True, backend="jax:plain")
+    cotangents = tuple(torch.randn_like(x) for x in results)
+    if not results[1].isfinite().all():
+        cotangents = cotangents[0], torch.where(results[1].isfinite(), cotangents[1], 0)
+    for ours, want in zip(
+        (*results, *torch.autograd.grad(results, (*primals, slopes), cotangents)),
+        (*right, *torch.autograd.grad(right, (*primals, slopes), cotangents)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=2e-5)
+
+
+def test_slopes_about_another_diagonal_are_refused_by_name():
+    problem = Call.of(*qkv(), alibi_slopes=torch.ones(4), q_offset=3).problem
+    assert limits(two.CUDA, problem, two.FlashAttn2.takes) == [
+        "this kernel counts ALiBi's distances from a diagonal that ends in the lower right corner, "
+        "not with a q_offset 3"
+    ]
+
+
+@needs_flash_attn
+def test_slopes_below_zero_do_not_overflow_beyond_the_last_query_and_key():
+    arrays = (*qkv(), torch.tensor([-3.0, -5.0, 2.0, -0.3], requires_grad=True))
+
+    def gradients(backend):
+        out = heedful.attention(*arrays[:3], alibi_slopes=arrays[3], backend=backend)
+        return torch.autograd.grad(out.sin().sum(), arrays)
+
+    for ours, want in zip(gradients(NAME), gradients("torch:sdpa-math"), strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=2e-5)
 
 
 def attention_of_four(

@@ -15,6 +15,8 @@ package does around it, and what the contract asks beyond that, is here:
   the CPU kernel returns NaN. The sign is moved into q, exactly. So is what is no power of two, but in
   half precision: the CPU kernel multiplies by it in one place going forward and in another going back,
   and the roundings of the scores, large ones above all, would part company with their LSE.
+- ALiBi's slopes, where a kernel counts them itself: in the mask's place, in float32. No kernel gives
+  their gradient, so `_mask_gradient` does.
 - The gradient of the LSE, which torch's own derivative of these operators drops silently:
   `_with_lse_cotangent`. And that of the mask, which some drop too: `_mask_gradient`.
 - The probabilities that the backward operators make of a rounded LSE, and which sum to anything where
@@ -58,12 +60,15 @@ class How(NamedTuple):
         softcap: c of c·tanh(s/c), or None.
         below, above: keys j < i + below and j > i + above are hidden, None: none on that side; and no
             more than `Kernel.says` lets through.
+        diagonal: where the mask holds slopes of ALiBi, slope · |i + diagonal − j| is taken off the
+            scores; None: it holds what is added.
     """
 
     scale: float
     softcap: float | None = None
     below: int | None = None
     above: int | None = None
+    diagonal: int | None = None
 
     @property
     def causal(self) -> bool:
@@ -76,7 +81,8 @@ class Arguments(NamedTuple):
 
     Attributes:
         q, k, v: (B, H, S, ·), padded and laid out as the kernel reads them.
-        mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk), or None.
+        mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk); or ALiBi's slopes, which
+            `How.diagonal` says, (B or 1, Hq, 1, 1); or None.
         how: all else.
     """
 
@@ -114,7 +120,8 @@ class Kernel:
         flag: where the diagonal of `is_causal` lies: it starts in the upper left corner of the
             scores, or ends in the lower right one; None where the flag is not used.
         windows: what band it takes beside the flag: one "around" that diagonal, or "any".
-        masks: the dtype of the additive mask, the accumulator's or q's own; None: it takes no mask.
+        masks: the dtype of the additive mask, the accumulator's or q's own; "slopes": it takes no mask
+            but ALiBi's slopes, and counts distances from the diagonal of the flag; None: neither.
         mask_gradient: whether `backward` gives the gradient of the mask.
         alignment: head sizes, strides and offsets are multiples of so many elements.
         equal_head_sizes: whether V must have the head size of Q and K.
@@ -128,7 +135,7 @@ class Kernel:
     forward: Forward
     backward: Backward | None
     flag: Literal["upper left", "lower right"] | None
-    masks: Literal["accumulator", "q"] | None
+    masks: Literal["accumulator", "q", "slopes"] | None
     windows: Literal["around", "any"] | None = None
     once: bool = False
     mask_gradient: bool = False
@@ -163,6 +170,15 @@ class Kernel:
         below = corner if place.below is None else place.below
         return below <= corner <= above
 
+    def counts(self, problem: Problem) -> bool:
+        """Whether it is told the slopes of ALiBi, which are then in no mask."""
+        return self.masks == "slopes" and problem.alibi_shape is not None
+
+    def needs_mask(self, problem: Problem, place: Span) -> bool:
+        """Whether its own arguments leave something of the problem to an additive mask."""
+        added = set(adding(problem)) - ({"alibi_slopes"} if self.counts(problem) else set())
+        return bool(hiding(problem) or added or not self.says(place))
+
 
 # What keeps a kernel from a problem
 
@@ -176,14 +192,22 @@ def limits(kernel: Kernel, problem: Problem, takes: Collection[str]) -> list[str
         takes: the backend's features; all others it refuses without asking.
     """
     reasons = []
-    if kernel.masks is None:
+    if kernel.masks in (None, "slopes"):
+        place = span_of(problem)
+        offset = "of its own a row" if problem.q_offset is None else str(problem.q_offset)
+        counted = "alibi_slopes" in takes and kernel.counts(problem)
         needs = [feature for feature in hiding(problem) if feature in takes]
-        if not kernel.says(span_of(problem)):
-            offset = "of its own a row" if problem.q_offset is None else str(problem.q_offset)
+        if not kernel.says(place) and problem.band != (None, None):
             needs.append("window" if problem.window else f"causal with a q_offset {offset}")
         if needs:
             reasons.append(f"this kernel takes no mask, which {' and '.join(needs)} would need")
-        reasons += [f"this kernel takes no {name}" for name in adding(problem) if name in takes]
+        added = (set(adding(problem)) & set(takes)) - ({"alibi_slopes"} if counted else set())
+        reasons += [f"this kernel takes no {name}" for name in sorted(added)]
+        if counted and place.corner(problem) != kernel.corner(len(place.rows), len(place.columns)):
+            reasons.append(
+                "this kernel counts ALiBi's distances from a diagonal that ends in the lower right "
+                f"corner, not with a q_offset {offset}"
+            )
     rounded = [name for name in adding(problem) if name != "bias" and name in takes]
     if kernel.masks == "q" and problem.dtype != problem.accumulator and rounded:
         reasons.append(
@@ -222,8 +246,7 @@ def score_bytes(kernel: Kernel, problem: Problem, scores: bool | None = None) ->
         found += (
             2 * itemsize * problem.batch * problem.q_heads * len(place.rows) * len(place.columns)
         )
-    asked = hiding(problem) or adding(problem)
-    if asked or not kernel.says(place):
+    if kernel.needs_mask(problem, place):
         shape = additive_shape(problem, place)
         if 1 not in shape[2:]:
             dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
@@ -280,18 +303,23 @@ def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tenso
     v = operands.v[:, :, columns.start : columns.stop]
 
     factor, scale = _factors(problem)
-    mask, how = None, How(scale, problem.softcap)
-    if hiding(problem) or adding(problem) or not kernel.says(place):
+    mask, additive, how = None, None, How(scale, problem.softcap)
+    if kernel.needs_mask(problem, place):
         dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
         mask = score_mask(problem, operands, place, getattr(torch, dtype))
+        additive = mask.additive
         q = torch.where(mask.sees, q, 0)
         k, v = torch.where(mask.seen, k, 0), torch.where(mask.seen, v, 0)
     else:
         how = how._replace(below=place.below, above=place.above)
+        if kernel.counts(problem):
+            assert operands.alibi_slopes is not None
+            additive = operands.alibi_slopes.to(getattr(torch, problem.accumulator))
+            how = how._replace(diagonal=kernel.corner(len(rows), len(columns)))
 
     if factor != 1:
         q = factor * q
-    arguments = Arguments(q, k, v, None if mask is None else mask.additive, how)
+    arguments = Arguments(q, k, v, additive, how)
     out, lse, _ = _over_groups(kernel, problem.group, arguments)
 
     if mask is not None:
@@ -624,27 +652,38 @@ MASK_GRADIENT_TILE = 2**19  # scores: 2 MiB in float32
 
 
 def _mask_gradient(dout: Tensor, dlse: Tensor | None, asked: Arguments) -> Tensor:
-    """The gradient of the additive mask, for kernels that give none.
+    """The gradient of the additive mask, or of ALiBi's slopes, for kernels that give none.
 
-    It is dS itself, summed over the axes that the mask does not have:
-    dS = P ∘ (dP − rowsum(P ∘ dP) + dlse), dP = dO Vᵀ. The scores of some rows of one head are
+    It is dS itself, times what a slope is multiplied by, summed over the axes that the mask does not
+    have: dS = P ∘ (dP − rowsum(P ∘ dP) + dlse), dP = dO Vᵀ. The scores of some rows of one head are
     materialised at a time, in the mask's dtype.
     """
     q, k, v, mask, how = asked
     assert mask is not None  # it is wanted of
-    gradient = torch.zeros_like(mask)
+    gradient, group = torch.zeros_like(mask), q.shape[1] // k.shape[1]
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        key, value = k[b, h].to(mask.dtype), v[b, h].to(mask.dtype)
+        key, value = k[b, h // group].to(mask.dtype), v[b, h // group].to(mask.dtype)
+        j = torch.arange(len(key), device=q.device)
         at = (min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1))
         rows = max(1, MASK_GRADIENT_TILE // len(key))
         for start in range(0, q.shape[2], rows):
             tile = slice(start, start + rows)
             of_mask = (*at, tile if mask.shape[2] > 1 else slice(None))
             query, do = q[b, h, tile].to(mask.dtype), dout[b, h, tile].to(mask.dtype)
-            p = torch.softmax(how.scale * (query @ key.mT) + mask[of_mask], -1)
+            i = torch.arange(start, start + len(query), device=q.device)[:, None]
+            times = 1 if how.diagonal is None else -(i + how.diagonal - j).abs()
+            scores = how.scale * (query @ key.mT)
+            if how.softcap is not None:
+                scores = how.softcap * torch.tanh(scores / how.softcap)
+            scores += mask[of_mask] * times
+            if how.below is not None:
+                scores.masked_fill_(j < i + how.below, -torch.inf)
+            if how.above is not None:
+                scores.masked_fill_(j > i + how.above, -torch.inf)
+            p = torch.softmax(scores, -1)
             dp = do @ value.mT
             dp -= (p * dp).sum(-1, keepdim=True)
             if dlse is not None:
                 dp += dlse[b, h, tile, None]
-            gradient[of_mask] += (p * dp).sum_to_size(gradient[of_mask].shape)
+            gradient[of_mask] += (p * dp * times).sum_to_size(gradient[of_mask].shape)
     return gradient

@@ -28,6 +28,7 @@ def row_sums(
     softcap: float | None,
     below: int | None,
     above: int | None,
+    diagonal: int | None,
     lse: Tensor,
     widened: bool,
 ) -> Tensor:
@@ -39,16 +40,17 @@ def row_sums(
 
     Args:
         q, k: (B, Hq, Sq, D), (B, Hkv, Sk, D).
-        mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk), or None.
+        mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk); or slopes of ALiBi; or None.
         scale: of the scores.
         softcap: c of c·tanh(s/c), or None.
         below, above: keys j < i + below and j > i + above are hidden; None: none is.
+        diagonal: mask · |i + diagonal − j| is taken off the scores; None: mask is added.
         lse: (B, Hq, Sq), as the kernel is given it.
         widened: whether q and k have more columns than the forward pass saw, of zeros. Their products
             may then add up in another order, and the rounding is that of ‖q‖ ‖k‖.
     """
     sums: Tensor = torch.ops.heedful.row_sums.default(
-        q, k, mask, scale, softcap, below, above, lse, widened
+        q, k, mask, scale, softcap, below, above, diagonal, lse, widened
     )
     return sums
 
@@ -57,8 +59,8 @@ def row_sums(
 # `torch.library.custom_op` adds 8 µs to each call.
 torch.library.define(
     "heedful::row_sums",
-    "(Tensor q, Tensor k, Tensor? mask, float scale, float? softcap, int? below, int? above, Tensor lse,"
-    " bool widened) -> Tensor",
+    "(Tensor q, Tensor k, Tensor? mask, float scale, float? softcap, int? below, int? above,"
+    " int? diagonal, Tensor lse, bool widened) -> Tensor",
 )
 
 
@@ -71,6 +73,7 @@ def _(
     softcap: float | None,
     below: int | None,
     above: int | None,
+    diagonal: int | None,
     lse: Tensor,
     widened: bool,
 ) -> Tensor:
@@ -83,7 +86,7 @@ def _(
     if not large.any():
         return sums
     large &= lse.isfinite()
-    how = scale, softcap, below, above
+    how = scale, softcap, below, above, diagonal
     group, height = q.shape[1] // k.shape[1], _tile_height(q)
     for b, h in large.any(-1).nonzero().tolist():
         bias = None if mask is None else mask[min(b, len(mask) - 1), min(h, mask.shape[1] - 1)]
@@ -104,6 +107,7 @@ def _(
     softcap: float | None,
     below: int | None,
     above: int | None,
+    diagonal: int | None,
     lse: Tensor,
     widened: bool,
 ) -> Tensor:
@@ -126,12 +130,12 @@ def _sums_of(
     k: Tensor,
     bias: Tensor | None,
     rows: slice,
-    how: tuple[float, float | None, int | None, int | None],
+    how: tuple[float, float | None, int | None, int | None, int | None],
     lse: Tensor,
 ) -> Tensor:
     """Of some rows of one head, tile by tile along the keys."""
     query, lse = q[rows].to(lse.dtype), lse[rows]
-    scale, softcap, below, above = how
+    scale, softcap, below, above, diagonal = how
     if bias is not None and len(bias) > 1:
         bias = bias[rows]
     sums = torch.zeros_like(lse)
@@ -140,11 +144,14 @@ def _sums_of(
         scores = (query @ key.mT).mul_(scale)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
-        if bias is not None:
+        i = torch.arange(rows.start, rows.start + len(query), device=q.device)[:, None]
+        j = torch.arange(start, start + len(key), device=q.device)
+        if diagonal is not None:
+            assert bias is not None
+            scores -= bias * (i + diagonal - j).abs()
+        elif bias is not None:
             scores += bias if bias.shape[1] == 1 else bias[:, start : start + WIDTH]
         p = scores.sub_(lse[:, None]).exp_()
-        i = torch.arange(rows.start, rows.start + len(p), device=q.device)[:, None]
-        j = torch.arange(start, start + len(key), device=q.device)
         if below is not None:
             p.masked_fill_(j < i + below, 0)
         if above is not None:

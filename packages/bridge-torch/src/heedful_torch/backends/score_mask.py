@@ -50,6 +50,12 @@ class Span(NamedTuple):
     below: int | None = None
     above: int | None = None
 
+    def corner(self, problem: Problem) -> int | None:
+        """p_i − i, i and j counting as in `below`; None where rows of the batch differ."""
+        if problem.q_offset is None:
+            return None
+        return problem.q_offset + self.rows.start - self.columns.start
+
 
 def span_of(problem: Problem) -> Span:
     """Cuts off the queries that see nothing and the keys that nobody sees, by position alone."""

@@ -13,7 +13,6 @@ from heedful_torch.backends.flash_attn import window
 from heedful_torch.backends.kernel import Arguments, How, Results
 
 NO_DROPOUT = 0.0
-NO_ALIBI = None
 NO_PROBABILITIES = False
 
 
@@ -23,7 +22,7 @@ def forward(asked: Arguments) -> Results:
 
     q, k, v = (x.transpose(1, 2) for x in asked[:3])
     out, lse, _, _ = flash_attn_interface._flash_attn_forward(
-        q, k, v, NO_DROPOUT, *_told(asked.how, q, k), NO_ALIBI, NO_PROBABILITIES
+        q, k, v, NO_DROPOUT, *_told(asked.how, q, k), _slopes(asked), NO_PROBABILITIES
     )
     return Results(out.transpose(1, 2), lse)
 
@@ -42,7 +41,7 @@ def backward(
         *gradients,
         NO_DROPOUT,
         *_told(asked.how, q, k),
-        NO_ALIBI,
+        _slopes(asked),
         deterministic=False,
     )
     dq, dk, dv = (x.transpose(1, 2) for x in gradients)
@@ -54,3 +53,10 @@ def _told(how: How, q: Tensor, k: Tensor) -> tuple[Any, ...]:
     causal, *sides = window(how, q, k)
     left, right = (-1 if side is None else side for side in sides)
     return how.scale, causal, left, right, how.softcap or 0.0
+
+
+def _slopes(asked: Arguments) -> Tensor | None:
+    """ALiBi's, as its Triton kernels want them too: (B, Hq), in rows."""
+    if asked.mask is None:
+        return None
+    return asked.mask.expand(len(asked.q), -1, -1, -1).flatten(1).contiguous()

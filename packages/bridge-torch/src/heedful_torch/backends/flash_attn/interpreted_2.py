@@ -8,6 +8,9 @@ patched here, from outside and in this process alone, and why:
 - In Triton's interpreter bfloat16 lies as its raw bits: `tl.dot` multiplies those, and a cast to it
   cuts off instead of rounding. So its operands are widened to float32, and results rounded to the
   nearest: `_mend_bfloat16`.
+- The backward kernels also take exp of the scores of queries and keys beyond the last, and multiply it
+  by 0. Slopes of ALiBi below 0 let it grow to inf, and inf · 0 is NaN: `_bound_exp`.
+- The package insists that ALiBi's slopes lie on a GPU: `_let_slopes_lie_anywhere`.
 """
 
 import os
@@ -29,8 +32,10 @@ def load() -> Mapping[str, Callable[..., Any]]:
     os.environ |= {"TRITON_INTERPRET": "1", "FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE"}
     _check_versions()
     _mend_bfloat16()
+    _bound_exp()
     with _for_every_device():
         import flash_attn  # type: ignore[import-not-found]  # noqa: F401  # an extra, imported to be patched
+    _let_slopes_lie_anywhere()
 
     from heedful_torch.backends.flash_attn import calls_2
 
@@ -59,6 +64,16 @@ def _for_every_device() -> Iterator[None]:
         yield
     finally:
         torch.library.custom_op = custom_op
+
+
+def _let_slopes_lie_anywhere() -> None:
+    from flash_attn.flash_attn_triton_amd.utils import MetaData  # type: ignore[import-not-found]
+
+    def need_alibi(self: Any, alibi_slopes: torch.Tensor, batch: int, nheads: int) -> None:
+        assert alibi_slopes.shape == (batch, nheads)
+        self.alibi_slopes = alibi_slopes
+
+    MetaData.need_alibi = need_alibi
 
 
 def _mend_bfloat16() -> None:
@@ -103,6 +118,19 @@ def _mend_bfloat16() -> None:
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
     InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.binary_op = create_fp_to_fp, binary_op
+
+
+def _bound_exp() -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    # A probability, all that the kernels take exp of, is 1 or hardly more.
+    bound = 2.0**10
+
+    def bounded(function: Callable[[np.ndarray], np.ndarray]) -> Any:
+        return lambda builder, x: builder.unary_op(x, lambda y: np.minimum(function(y), bound))
+
+    InterpreterBuilder.create_exp = bounded(np.exp)
+    InterpreterBuilder.create_exp2 = bounded(np.exp2)
 
 
 if __name__ == "__main__":

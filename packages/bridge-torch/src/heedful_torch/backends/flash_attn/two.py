@@ -42,12 +42,40 @@ def _interpreted_backward(
     return found
 
 
+def _cuda_forward(asked: Arguments) -> Results:
+    return calls_2.forward(_as_a_window(asked))
+
+
+def _cuda_backward(
+    dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    return calls_2.backward(dout, _as_a_window(asked), results, mask_wanted)
+
+
+def _as_a_window(asked: Arguments) -> Arguments:
+    """The same call, which says what a causal one hides as a window that is open to the first key.
+
+    By their source (csrc/flash_attn/src/alibi.h) the CUDA kernels add slope · j in a causal call with
+    slopes, so that their LSE has slope · p_i too much, which would swallow its last digits. In a window
+    they take off slope · |p_i − j|, and their LSE is right.
+    """
+    how, lowest = asked.how, 1 - asked.q.shape[2]
+    if how.diagonal is None or how.below is not None or how.above != how.diagonal:
+        return asked
+    return asked._replace(how=how._replace(below=lowest))
+
+
 CUDA = flash_attn_kernel(
-    forward=calls_2.forward, backward=calls_2.backward, windows="around", largest_head=256
+    forward=_cuda_forward,
+    backward=_cuda_backward,
+    masks="slopes",
+    windows="around",
+    largest_head=256,
 )
 INTERPRETED = flash_attn_kernel(
     forward=_interpreted_forward,
     backward=_interpreted_backward,
+    masks="slopes",
     largest_head=256,
     opaque="torch:flash-attn-2",
 )
@@ -71,7 +99,7 @@ class FlashAttn2:
     name = "torch:flash-attn-2"
     automatic = None
     largest = 2**20
-    takes = TAKES
+    takes = TAKES | {"alibi_slopes"}
 
     @property
     def deterministic(self) -> bool:
