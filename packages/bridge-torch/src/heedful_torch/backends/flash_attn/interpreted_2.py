@@ -13,6 +13,7 @@ patched here, from outside and in this process alone, and why:
 - The package insists that ALiBi's slopes lie on a GPU: `_let_slopes_lie_anywhere`.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -123,14 +124,12 @@ def _mend_bfloat16() -> None:
 def _bound_exp() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
-    # A probability, all that the kernels take exp of, is 1 or hardly more.
-    bound = 2.0**10
+    def bounded(function: Callable[[np.ndarray], np.ndarray], most: float) -> Any:
+        return lambda builder, x: builder.unary_op(x, lambda y: function(np.minimum(y, most)))
 
-    def bounded(function: Callable[[np.ndarray], np.ndarray]) -> Any:
-        return lambda builder, x: builder.unary_op(x, lambda y: np.minimum(function(y), bound))
-
-    InterpreterBuilder.create_exp = bounded(np.exp)
-    InterpreterBuilder.create_exp2 = bounded(np.exp2)
+    # A probability, all that the kernels take exp of, is 1 or hardly more: 2^10 is beyond all of them.
+    InterpreterBuilder.create_exp = bounded(np.exp, 10 * math.log(2))
+    InterpreterBuilder.create_exp2 = bounded(np.exp2, 10)
 
 
 if __name__ == "__main__":
