@@ -7,6 +7,7 @@ that the query sees and no others, so nothing that stands in a key nobody sees c
 import math
 
 import numpy as np
+from jax.extend.random import threefry_2x32
 
 
 def attention(q, k, v, out_cotangent=None, lse_cotangent=None, **options):
@@ -64,6 +65,8 @@ def _canonical(
     softcap=None,
     sinks=None,
     alibi_slopes=None,
+    dropout_rate=0.0,
+    dropout_seed=0,
 ):
     batch, q_heads, q_length, head_dim = q.shape
     _, kv_heads, kv_length, value_dim = v.shape
@@ -78,6 +81,7 @@ def _canonical(
         q_offset = 0 if isinstance(causal, str) else kv_lengths.astype(int) - q_lengths
     q_offset = np.broadcast_to(q_offset, batch)
     left, right = window or (None, None)
+    seeds = np.broadcast_to(dropout_seed, rows).reshape(batch)
     mask = np.True_ if mask is None else mask
     if mask.shape == (batch, kv_length) and len(lead) == 1:
         mask = mask[:, None, None, :]
@@ -130,15 +134,17 @@ def _canonical(
         # Beside a bias of 1e30 an lse has lost this sum.
         *p, of_sink = exponentials / exponentials.sum()
         p = np.array(p)
-        out[b, h, i] = p @ v[b, g, keys]
+        spared = _spared_by_dropout(dropout_rate, seeds[b], b, h, i, keys)
+        out[b, h, i] = (spared * p) @ v[b, g, keys]
 
         do = np.zeros(value_dim) if out_cotangent is None else out_cotangent[b, h, i]
-        # out_i = Σ p_j v_j and lse_i = log Σ exp s_j give ds_j = p_j (do·v_j − do·out_i + dlse).
-        ds = p * (v[b, g, keys] @ do - out[b, h, i] @ do + dlse)
+        # With v_j as dropout spares it, out_i = Σ p_j v_j and lse_i = log Σ exp s_j give
+        # ds_j = p_j (do·v_j − do·out_i + dlse).
+        ds = p * (spared * (v[b, g, keys] @ do) - out[b, h, i] @ do + dlse)
         draw = ds if softcap is None else ds * (1 - (capped / softcap) ** 2)
         dq[b, h, i] = scale * draw @ k[b, g, keys]
         dk[b, g, keys] += scale * np.outer(draw, q[b, h, i])
-        dv[b, g, keys] += np.outer(p, do)
+        dv[b, g, keys] += np.outer(spared * p, do)
         dbias[b, h, i, keys] = ds
         dslopes[b, h] -= ds @ away
         dsinks[h] += of_sink * (dlse - out[b, h, i] @ do)
@@ -155,6 +161,16 @@ def without_idle_offset(options):
     positional = options.get("causal") or (options.get("window") or (None, None)) != (None, None)
     positional = positional or options.get("alibi_slopes") is not None
     return {name: x for name, x in options.items() if positional or name != "q_offset"}
+
+
+def _spared_by_dropout(rate, seed, b, h, i, keys):
+    """0 for a weight that is dropped, 1 / (1 − rate) for others; by JAX's own cipher."""
+    if not rate:
+        return 1.0
+    key = threefry_2x32(np.array([seed, 0], np.uint32), np.array([b, h], np.uint32))
+    counters = np.concatenate([np.full(len(keys), i), keys]).astype(np.uint32)
+    words = np.asarray(threefry_2x32(key, counters))[: len(keys)]
+    return np.where(words >= rate * 2.0**32, 1 / (1 - rate), 0)
 
 
 def _whole(x, scores, lead):

@@ -11,13 +11,13 @@ from heedful_crosscheck.torch_caller import TorchCaller
 class TestSdpaMath(Contract, examples=60):
     backend = "torch:sdpa-math"
     caller = TorchCaller(on_gpu=False)
-    accepts = EVERYTHING - {"lse", "sinks", "softcap", "together"}
+    accepts = EVERYTHING - {"lse", "sinks", "softcap", "dropout", "together"}
 
 
 class TestSdpaFlash(Contract, examples=60):
     backend = "torch:sdpa-flash"
     caller = TorchCaller(on_gpu=False)
-    accepts = EVERYTHING - {"sinks", "softcap", "together"}
+    accepts = EVERYTHING - {"sinks", "softcap", "dropout", "together"}
 
 
 class TestSdpaEfficient(Contract, examples=100, needs_gpu=True):
@@ -33,7 +33,7 @@ class TestSdpaCudnn(Contract, examples=100, needs_gpu=True):
 class TestFlex(Contract, examples=10):
     backend = "torch:flex"
     caller = TorchCaller(on_gpu=False)
-    accepts = EVERYTHING - {"gradients", "sinks"}
+    accepts = EVERYTHING - {"gradients", "sinks", "dropout"}
 
 
 class TestFlexCompiled(Contract, examples=1):

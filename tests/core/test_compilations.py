@@ -34,6 +34,8 @@ NEW_VALUES = {
         {"q_segment_ids": np.full((2, 3), n), "kv_segment_ids": np.arange(22).reshape(2, 11) // n}
         for n in (1, 2, 5)
     ],
+    "dropout seed, a number": [{"dropout_rate": 0.5, "dropout_seed": n} for n in (1, 2, 5)],
+    "dropout seed, an array": [{"dropout_rate": 0.5, "dropout_seed": np.array(n)} for n in (1, 2)],
     "lengths": [{"causal": True, "kv_lengths": np.array([n, 11])} for n in (3, 0, 11)],
 }
 
@@ -43,7 +45,7 @@ NEW_VALUES = {
     [
         (backend, values)
         for backend, values in product(JAX_BACKENDS, NEW_VALUES)
-        if backend != "jax:nn-xla" or values not in ("sinks", "alibi slopes")
+        if backend != "jax:nn-xla" or not values.startswith(("sinks", "alibi", "dropout"))
     ],
 )
 @pytest.mark.parametrize("call", [out, gradient])

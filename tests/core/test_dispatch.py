@@ -596,6 +596,8 @@ ASKING = {
     "softcap": {"softcap": 1.0},
     "sinks": {"sinks": jnp.zeros(2)},
     "alibi_slopes": {"alibi_slopes": jnp.zeros(2)},
+    "dropout_rate": {"dropout_rate": 0.5, "dropout_seed": 1},
+    "dropout_seed": {"dropout_rate": 0.5, "dropout_seed": 1},
     "return_lse": {"return_lse": True},
 }
 

@@ -77,6 +77,13 @@ QUESTIONS = {
         "bias": np.ones((1, 4, 1, 50)),
         "window": (30, 9),
     },
+    "dropout": {
+        "dropout_rate": 0.4,
+        "dropout_seed": np.array([3, 2**31 - 1]),
+        "sinks": np.array([0.5, -1.0, 2.0, 0.0]),
+        "causal": True,
+        "kv_lengths": np.array([50, 13]),
+    },
     "causal": {"causal": True, "bias": np.ones((1, 4, 1, 50)), "softcap": 1.5},
     "window": {"window": (5, 3), "q_offset": 20},
     "lengths": {"kv_lengths": np.array([50, 13]), "q_lengths": np.array([5, 37]), "causal": True},

@@ -33,8 +33,8 @@ WRONG = {
         {"color": "red"},
         TypeError,
         "unknown option 'color'. The options are mask, bias, causal, window, alibi_slopes, q_offset, "
-        "q_lengths, kv_lengths, q_segment_ids, kv_segment_ids, scale, softcap, sinks, layout, "
-        "return_lse.",
+        "q_lengths, kv_lengths, q_segment_ids, kv_segment_ids, scale, softcap, sinks, "
+        "dropout_rate, dropout_seed, layout, return_lse.",
     ),
     "SDPA's name": (
         {"attn_mask": TRUE},
@@ -154,6 +154,57 @@ WRONG = {
         TypeError,
         "alibi_slopes must be float32 for float32 q, k, v. Got float16. Cast it: nothing here casts "
         "silently.",
+    ),
+    "dropout of all": (
+        {"dropout_rate": 1.0, "dropout_seed": 1},
+        ValueError,
+        "dropout_rate must lie between 0 and 1, without 1. Got 1.0. It is the probability that a weight "
+        "is dropped.",
+    ),
+    "a traced rate": (
+        {"dropout_rate": np.array(0.5), "dropout_seed": 1},
+        TypeError,
+        "dropout_rate must be a Python number. Got array(0.5). For no dropout pass None or 0.0.",
+    ),
+    "dropout without a seed": (
+        {"dropout_rate": 0.5},
+        ValueError,
+        "dropout_rate=0.5 needs dropout_seed, an integer that says which weights are dropped. Pass a "
+        "new one in each step and layer; for no dropout pass dropout_rate=0.0.",
+    ),
+    "a seed without dropout": (
+        {"dropout_seed": 1},
+        ValueError,
+        "dropout_seed goes with dropout_rate, and this call has none. Pass the rate too, 0.0 where "
+        "nothing is to be dropped: no option is ignored.",
+    ),
+    "a seed of 64 bits": (
+        {"dropout_rate": 0.5, "dropout_seed": 2**40},
+        ValueError,
+        "dropout_seed must lie between 0 and 2**31 - 1. Got 1099511627776. Of a longer one take it "
+        "modulo 2**31.",
+    ),
+    "a seed below 0": (
+        {"dropout_rate": 0.5, "dropout_seed": np.array([3, -1])},
+        ValueError,
+        "dropout_seed must lie between 0 and 2**31 - 1. Got -1. Of a longer one take it modulo 2**31.",
+    ),
+    "a seed that is no integer": (
+        {"dropout_rate": 0.5, "dropout_seed": 1.5},
+        TypeError,
+        "dropout_seed must be an integer or an integer array. Got 1.5. Of a key of jax.random take "
+        "jax.random.randint(key, (), 0, 2**31 - 1).",
+    ),
+    "a seed for each head": (
+        {"dropout_rate": 0.5, "dropout_seed": np.arange(4)},
+        ValueError,
+        "dropout_seed must be one integer, or one for each batch row: (B,) = (2,). Got (4,). One is "
+        "enough: batch rows differ in what they drop.",
+    ),
+    "flash-attn's dropout": (
+        {"dropout_p": 0.5},
+        TypeError,
+        "unknown option 'dropout_p'. Here it is dropout_rate= with dropout_seed=.",
     ),
     "float segment ids": (
         {"q_segment_ids": zeros(2, 5), "kv_segment_ids": zeros(2, 7)},

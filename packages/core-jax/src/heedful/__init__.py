@@ -5,6 +5,7 @@ import heedful.backends as _backends_package  # noqa: F401  # imported for that 
 from heedful.api import (
     attention,
     causal_flash_attention,
+    dropout_mask,
     explain,
     flash_attention,
     plain_attention,
@@ -29,6 +30,7 @@ __all__ = [
     "backends",
     "causal_flash_attention",
     "decode",
+    "dropout_mask",
     "explain",
     "flash_attention",
     "flash_attention_varlen",

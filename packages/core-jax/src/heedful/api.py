@@ -8,10 +8,13 @@ import numpy as np
 
 from heedful import dispatch, torch_compile
 from heedful.call import Call
-from heedful.call.arrays import Array, dtype_of, framework_of
+from heedful.call.arrays import Array, as_int32, dtype_of, framework_of
+from heedful.call.checks import check_integers, framework_of_all, is_integral
+from heedful.call.options import check_dropout_rate
 from heedful.dispatch import Explanation, ambient
 from heedful.explicit_mesh import spread_like_its_arrays
 from heedful.repeats import of_each_once, once
+from heedful.rules.dropout import keeps
 
 
 def attention(
@@ -33,6 +36,8 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
+    dropout_rate: float | None = None,
+    dropout_seed: int | Array | None = None,
     layout: Literal["bhsd", "bshd"] = "bhsd",
     return_lse: bool = False,
     **unknown: Never,
@@ -67,6 +72,10 @@ def attention(
         softcap: c of c·tanh(s/c), applied before bias.
         sinks: (Hq,), a logit for each query head that takes weight and gives nothing, as in gpt-oss;
             differentiable.
+        dropout_rate: probability with which each softmax weight is dropped; the others are multiplied by
+            1 / (1 − dropout_rate). lse is that of all.
+        dropout_seed: which are dropped: an integer of 0 to 2**31 − 1, or one for each batch row; no new
+            value compiles anew. The same seed drops the same, see `heedful.dropout_mask`.
         layout: "bhsd" (PyTorch SDPA, ONNX) or "bshd" (jax.nn, flash-attn), for q, k, v and out.
         return_lse: whether to return the log-sum-exp of the scores too.
 
@@ -92,6 +101,8 @@ def attention(
         "scale": scale,
         "softcap": softcap,
         "sinks": sinks,
+        "dropout_rate": dropout_rate,
+        "dropout_seed": dropout_seed,
         "layout": layout,
         "return_lse": return_lse,
         **unknown,  # which the checks refuse by name
@@ -156,6 +167,54 @@ def _explain(
     q: Array, k: Array, v: Array, backend: str | Sequence[str] | None, options: dict[str, Any]
 ) -> Explanation:
     return dispatch.explain_choice(Call.of(q, k, v, **options).problem, backend)
+
+
+def dropout_mask(
+    dropout_rate: float,
+    dropout_seed: int | Array,
+    b: int | Array,
+    h: int | Array,
+    i: int | Array,
+    j: int | Array,
+) -> Array:
+    """Which softmax weights `dropout_rate` with `dropout_seed` keeps, in every framework the same ones.
+
+        key_bh  = threefry((dropout_seed, 0), (b, h))
+        word_ij = threefry(key_bh, (i, j))[0]           kept where word_ij ≥ dropout_rate · 2³²
+
+    threefry is Threefry-2x32 of 20 rounds (Salmon et al. 2011), as `jax.random` has it. All are integers
+    or integer arrays of one framework, which broadcast: for all of a call, `b[:, None, None, None]`,
+    `h[None, :, None, None]`, `i[:, None]` and `j`, each counted from 0.
+
+    Args:
+        dropout_rate: at least 0 and below 1.
+        dropout_seed: 0 to 2**31 − 1.
+        b, h, i, j: the numbers of batch row, query head, query and key.
+
+    Returns:
+        booleans of their shape, True = kept, of their framework; NumPy's where all are integers.
+
+    Raises:
+        TypeError, ValueError: an argument is none of those above.
+    """
+    check_dropout_rate(dropout_rate)
+    given: dict[str, Any] = {"dropout_seed": dropout_seed, "b": b, "h": h, "i": i, "j": j}
+    arrays = {name: x for name, x in given.items() if not is_integral(x)}
+    framework = framework_of_all(arrays) if arrays else None
+    for name, x in arrays.items():
+        check_integers(name, x)
+
+    rank = max((len(x.shape) for x in arrays.values()), default=1)
+
+    def array(x: Any) -> Array:
+        """int32 of the rank that all have: JAX can be told to promote none."""
+        if not is_integral(x):
+            return as_int32(x.reshape((1,) * (rank - len(x.shape)) + tuple(x.shape)))
+        if framework == "torch":
+            return next(iter(arrays.values())).new_full((1,) * rank, x).int()
+        return np.full((1,) * rank, x, np.int32)
+
+    return keeps(dropout_rate, *map(array, given.values()))
 
 
 def flash_attention(

@@ -35,6 +35,8 @@ FEATURES = frozenset(
         "softcap",
         "sinks",
         "alibi_slopes",
+        "dropout_rate",
+        "dropout_seed",
         "return_lse",
         "grouped_heads",
         "value_dim",
@@ -61,7 +63,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[np.ndarray, np.ndarra
     out, lse = np.zeros((*queries, problem.value_dim)), np.zeros(queries)
     for part in parts(problem, operands, np.float64):
         weights, lse[part.queries], _, _ = _softmax(problem, part)
-        out[part.queries] = _sum_over_seen(weights, part.seen, part.v)
+        out[part.queries] = _sum_over_seen(weights * part.kept, part.seen, part.v)
     return out, lse
 
 
@@ -85,8 +87,9 @@ def gradients(
 
     for part in parts(problem, operands, np.float64):
         weights, _, slope, of_sink = _softmax(problem, part)
-        found.v[part.keys] += _sum_over_seen(weights.T, part.seen.T, dout[part.queries])
-        dweights = np.where(part.seen, dout[part.queries] @ part.v.T, 0)
+        left = weights * part.kept
+        found.v[part.keys] += _sum_over_seen(left.T, part.seen.T, dout[part.queries])
+        dweights = np.where(part.seen, dout[part.queries] @ part.v.T * part.kept, 0)
         dscores = _softmax_gradient(part.seen, weights, dweights, dlse[part.queries])
         if found.sinks is not None:  # the sink's weight, as any other, but of a value of 0
             mean = (weights * dweights).sum(axis=1)
@@ -179,6 +182,7 @@ class Part(NamedTuple):
         slopes: where it stands.
         distance: |p_i − j|, (rows, Sk).
         sink: the head's, −inf where there is none.
+        kept: what weights are multiplied by, 0 where they are dropped; (rows, Sk), or 1 without dropout.
         seen: (rows, Sk), boolean.
     """
 
@@ -193,6 +197,7 @@ class Part(NamedTuple):
     slopes: tuple[int, int, int, int]
     distance: np.ndarray
     sink: Any
+    kept: Any
     seen: np.ndarray
 
     @property
@@ -233,6 +238,7 @@ def parts(problem: Problem, operands: Operands, dtype: np.typing.DTypeLike) -> I
                 slopes,
                 abs(place - key).astype(dtype),
                 sink,
+                keeps(problem, operands, queries, np.dtype(dtype).type),
                 sees(problem, operands, queries),
             )
 
@@ -264,6 +270,41 @@ def sees(problem: Problem, operands: Operands, queries: tuple[int, int, slice]) 
     if operands.mask is not None:
         seen &= np.asarray(operands.mask)[_broadcast_index(operands.mask, queries)]
     return seen
+
+
+def keeps(problem: Problem, operands: Operands, queries: tuple[int, int, slice], dtype: Any) -> Any:
+    """What dropout multiplies these queries' weights by, (rows, Sk); 1 where there is none.
+
+    Threefry-2x32 once more, in unsigned words, of the key that it makes of the seed, b and h.
+    """
+    if problem.dropout_rate == 0:
+        return dtype(1)
+    b, h, rows = queries
+    seed: Any = problem.dropout_seed
+    if operands.dropout_seed is not None:
+        seed = operands.dropout_seed[b if len(operands.dropout_seed) > 1 else 0]
+    words = np.array([[seed], [0], [b], [h]]).astype(np.uint32)
+    query, key = np.ogrid[rows, : problem.kv_length]
+    shape = np.broadcast_shapes(query.shape, key.shape)
+    i, j = (np.broadcast_to(x, shape).astype(np.uint32) for x in (query, key))
+    word, _ = _threefry(*_threefry(*words), i, j)
+    kept = word / 2.0**32 >= problem.dropout_rate
+    return np.where(kept, 1 / (1 - problem.dropout_rate), 0).astype(dtype)
+
+
+def _threefry(k0: Array, k1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
+    """Salmon et al. 2011, §4.1: 20 rounds, and after each four of them the key."""
+    keys = [k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA)]
+    x0, x1 = x0 + k0, x1 + k1
+    for n in range(20):
+        bits = np.uint32((13, 15, 26, 6, 17, 29, 16, 24)[n % 8])
+        x0 = x0 + x1
+        x1 = (x1 << bits | x1 >> np.uint32(32) - bits) ^ x0
+        if n % 4 == 3:
+            times = n // 4 + 1
+            x0 = x0 + keys[times % 3]
+            x1 = x1 + keys[(times + 1) % 3] + np.uint32(times)
+    return x0, x1
 
 
 def places(

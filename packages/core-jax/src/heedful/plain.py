@@ -15,6 +15,7 @@ from jax import lax
 
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
+from heedful.rules.dropout import kept, thinned
 from heedful.rules.place import Place
 from heedful.rules.scores import added, capped, distance
 from heedful.rules.softmax import beyond_the_keys, log_sum_exp
@@ -53,7 +54,10 @@ def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
     total = exponentials.sum(axis=3, keepdims=True)
 
     empty = total == 0
-    weights = (exponentials / jnp.where(empty, 1, total)).reshape(*grouped, *scores_shape[2:])
+    weights = thinned(
+        problem, kept(problem, operands, place), exponentials / jnp.where(empty, 1, total)
+    )
+    weights = weights.reshape(*grouped, *scores_shape[2:])
     out = _einsum("bhgij,bhjd->bhgid", weights, v).reshape(*scores_shape[:3], problem.value_dim)
     out, highest, total = beyond_the_keys(
         operands, jnp.where(empty, 0, out), highest[..., 0], total[..., 0]

@@ -102,6 +102,11 @@ FACTORS: dict[str, dict[str, Any]] = {
     "alibi_slopes": {
         "none": None, "heads": RandomNumbers("h", 0.1), "batch": RandomNumbers("bh", 0.1),
     },
+    "dropout": {
+        "none": None,
+        "0.2": {"dropout_rate": 0.2, "dropout_seed": 5},
+        "seeds": {"dropout_rate": 0.6, "dropout_seed": Integers((7, 0, 2**31 - 1, 3, 12345, 1))},
+    },
     "scale": {"default": None, "0.3": 0.3, "-0.2": -0.2, "0": 0.0},
     "softcap": {"none": None, "1.5": 1.5, "30": 30.0},
     "logits": _same("usual", "large", "above", "below"),
@@ -110,13 +115,14 @@ FACTORS: dict[str, dict[str, Any]] = {
 # The options among them.
 OPTIONS = (
     "layout", "causal", "window", "q_offset", "q_lengths", "kv_lengths", "mask", "bias", "segments",
-    "sinks", "alibi_slopes", "scale", "softcap",
+    "sinks", "alibi_slopes", "dropout", "scale", "softcap",
 )  # fmt: skip
 
 # Which axes of (B, Hq, Sq, Sk) an array option has; of one that is not here, all, each full or 1.
 AXES = {
     "q_offset": "b", "q_lengths": "b", "kv_lengths": "b",
     "q_segment_ids": "bq", "kv_segment_ids": "bk", "sinks": "h", "alibi_slopes": "bh",
+    "dropout_seed": "b",
 }  # fmt: skip
 
 # Of these any three values stand together too: they cost few rows, and kernels branch on them.
@@ -241,6 +247,11 @@ RULES = (
         "one query of one segment is soon behind its keys",
     ),
     Rule(
+        {"dropout": ("0.2", "seeds")},
+        {"lengths": _but("lengths", "1x1", "3x5"), "window": _but("window", "self")},
+        "of few keys all may be dropped",
+    ),
+    Rule(
         {"sinks": ("usual", "large")},
         {"logits": _but("logits", "below")},
         "beside a sink nothing is left of keys whose logits are near -100",
@@ -252,6 +263,26 @@ RULES = (
             "lengths": _but("lengths", "1x1", "1x133", "1x4160"),
         },
         "beside a sink nothing is left of the first query's keys, which are all at -30000",
+    ),
+    Rule(
+        {"lengths": ("1x1", "1x133", "1x4160")},
+        {"heads": _but("heads", "1/1"), "head_dim": _but("head_dim", "1")},
+        "one query, one head, one number: where that happens to cancel, all digits are lost",
+    ),
+    Rule(
+        {"alibi_slopes": _but("alibi_slopes", "none")},
+        {"heads": _but("heads", "1/1")},
+        "the gradient of one slope alone is one number, which may cancel",
+    ),
+    Rule(
+        {"alibi_slopes": _but("alibi_slopes", "none")},
+        {"lengths": _but("lengths", "2100x33")},
+        "distances of 2000 that all keys have in common cancel, and half precision loses the rest",
+    ),
+    Rule(
+        {"bias": ("rows",)},
+        {"sinks": ("none",), "dtype": ("float32", "float64")},
+        "what a row's scores have in common changes its sink's weight alone: half precision loses that",
     ),
     Rule({"lengths": LONG}, {"batch": ("1", "2")}, "time and memory"),
     Rule({"lengths": ("1031x1300",)}, {"heads": ("1/1", "4/2")}, "time and memory"),

@@ -18,7 +18,7 @@ MAX_RANK = 64
 
 
 def framework_of_all(arrays: Mapping[str, Array]) -> str:
-    """Whose arrays they are, q, k, v and those among the options, by name."""
+    """Whose arrays they are, by name: q, k, v and those among the options. The first one says it."""
     kinds = {name: framework_of(x) for name, x in arrays.items()}
     for name, kind in kinds.items():
         if kind is None:
@@ -33,20 +33,20 @@ def framework_of_all(arrays: Mapping[str, Array]) -> str:
                 f"{name} is a JAX array whose memory was given back: it was deleted, or donated to a "
                 "jitted function. Use what that function returned, or do not donate it."
             )
-    framework = kinds["q"]
+    first, framework = next(iter(kinds.items()))
     for name, kind in kinds.items():
         # To JAX a NumPy mask or length is a constant; q, k and v themselves are never converted.
         if kind != framework and not (framework == "jax" and kind == "numpy" and name not in "qkv"):
             raise TypeError(
-                f"all arrays of a call must be of one framework. Got q of {framework} and {name} of "
-                f"{kind}. Convert one of them: nothing here moves silently between frameworks."
+                f"all arrays of a call must be of one framework. Got {first} of {framework} and {name} "
+                f"of {kind}. Convert one of them: nothing here moves silently between frameworks."
             )
     places = {name: place_of(x) for name, x in arrays.items() if kinds[name] == framework}
     for name, place in places.items():
-        if place is not None and places["q"] is not None and place != places["q"]:
+        if place is not None and places[first] is not None and place != places[first]:
             raise ValueError(
-                f"all arrays of a call must lie on one device. Got q on {places['q']} and {name} on "
-                f"{place}. Move one of them: nothing here moves silently between devices."
+                f"all arrays of a call must lie on one device. Got {first} on {places[first]} and "
+                f"{name} on {place}. Move one of them: nothing here moves silently between devices."
             )
     assert framework is not None
     return framework

@@ -27,6 +27,7 @@ class Operands(NamedTuple):
         kv_segment_ids: int32, (B, 1, 1, Sk).
         sinks: floating, (1, Hq, 1, 1).
         alibi_slopes: floating, (B or 1, Hq, 1, 1).
+        dropout_seed: int32, (B,) or (1,); only where the problem holds no number.
     """
 
     q: Array
@@ -41,6 +42,7 @@ class Operands(NamedTuple):
     kv_segment_ids: Array | None = None
     sinks: Array | None = None
     alibi_slopes: Array | None = None
+    dropout_seed: Array | None = None
 
     @property
     def given(self) -> dict[str, Array]:

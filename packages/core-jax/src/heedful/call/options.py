@@ -434,6 +434,77 @@ def _sinks_of_heads(sinks: Array, form: Form, problem: "Problem") -> Array:
     return sinks[None, :, None, None]
 
 
+# Dropout
+
+
+def _read_dropout_rate(rate: Any, known: Known) -> dict[str, Any]:
+    seed = known.given.get("dropout_seed")
+    if rate is None:
+        if seed is not None:
+            raise ValueError(
+                "dropout_seed goes with dropout_rate, and this call has none. Pass the rate too, 0.0 "
+                "where nothing is to be dropped: no option is ignored."
+            )
+        return {}
+    check_dropout_rate(rate)
+    if rate > 0 and seed is None:
+        raise ValueError(
+            f"dropout_rate={shown(rate)} needs dropout_seed, an integer that says which weights are "
+            "dropped. Pass a new one in each step and layer; for no dropout pass dropout_rate=0.0."
+        )
+    return {"dropout_rate": float(rate)}
+
+
+def check_dropout_rate(rate: Any) -> None:
+    """Raises TypeError or ValueError for what is no probability below 1."""
+    if not is_real(rate):
+        raise TypeError(
+            f"dropout_rate must be a Python number. Got {shown(rate)}. For no dropout pass None or 0.0."
+        )
+    if not 0 <= rate < 1:
+        raise ValueError(
+            f"dropout_rate must lie between 0 and 1, without 1. Got {shown(rate)}. "
+            "It is the probability that a weight is dropped."
+        )
+
+
+def _read_dropout_seed(seed: Any, known: Known) -> dict[str, Any]:
+    if seed is None:
+        return {}
+    if is_integral(seed):
+        _check_seed(int(seed))
+        # Without dropout the seed plays no part: equal problems compare equal.
+        return {"dropout_seed": int(seed)} if known.fields["dropout_rate"] else {}
+    if isinstance(seed, numbers.Number):
+        raise TypeError(
+            f"dropout_seed must be an integer or an integer array. Got {shown(seed)}. "
+            "Of a key of jax.random take jax.random.randint(key, (), 0, 2**31 - 1)."
+        )
+    check_integers("dropout_seed", seed)
+    lead = known.form.lead
+    if not broadcasts(shape_of(seed), lead or (1,)):
+        raise ValueError(
+            f"dropout_seed must be one integer, or one for each batch row: {_rows(lead)}. "
+            f"Got {shape_of(seed)}. One is enough: batch rows differ in what they drop."
+        )
+    return {}
+
+
+def _seeds(seed: Array, form: Form, problem: "Problem") -> Array | None:
+    if is_concrete_on_cpu(seed):
+        for value in np.asarray(seed).flat:
+            _check_seed(int(value))
+    return form.rows(seed, or_one=True) if problem.dropout_rate else None
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise ValueError(
+            f"dropout_seed must lie between 0 and 2**31 - 1. Got {shown(seed)}. "
+            "Of a longer one take it modulo 2**31."
+        )
+
+
 # What is returned, and how
 
 
@@ -557,6 +628,25 @@ OPTIONS = (  # in the order in which they are read
         elsewhere={"s_aux": "sinks=", "sink": "sinks=", "learnable_sink": "sinks="},
     ),
     Option(
+        "dropout_rate",
+        default=None,
+        read=_read_dropout_rate,
+        asked=lambda problem: problem.dropout_rate > 0,
+        elsewhere={
+            "dropout_p": "dropout_rate= with dropout_seed=",
+            "dropout": "dropout_rate= with dropout_seed=",
+            "dropout_rng": "dropout_seed=, an integer, with dropout_rate=",
+        },
+    ),
+    Option(
+        "dropout_seed",
+        default=None,
+        read=_read_dropout_seed,
+        asked=lambda problem: problem.dropout_rate > 0,
+        operand=_seeds,
+        number=True,
+    ),
+    Option(
         "layout",
         default="bhsd",
         read=lambda _, known: {},  # it is the form's
@@ -576,6 +666,9 @@ OPTIONS = (  # in the order in which they are read
 
 # What has gradients: of each call, those that are there.
 DIFFERENTIABLE = ("q", "k", "v", *(option.name for option in OPTIONS if option.differentiable))
+
+# What may be a number in place of an array.
+NUMBERS = tuple(option.name for option in OPTIONS if option.number)
 
 _BY_NAME = {option.name: option for option in OPTIONS}
 _ELSEWHERE = {name: here for option in OPTIONS for name, here in option.elsewhere.items()} | {

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from heedful.call.arrays import accumulator_of
 from heedful.call.operands import Operands
-from heedful.call.options import OPTIONS
+from heedful.call.options import NUMBERS, OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Problem:
         s_ij  = s_ij + bias_ij                       after softcap
         s_ij  = s_ij − alibi_slopes_h · |p_i − j|    (ALiBi, Press et al. 2022, about any position)
         p_ij  = exp(s_ij − lse_i)                    over the keys j that query i sees
-        out_i = Σ_j p_ij v_j
+        out_i = Σ_j p_ij v_j                         with dropout: Σ_j p_ij d_ij v_j
         lse_i = log Σ_j exp(s_ij)                    natural log, over the keys seen; with sinks the
                                                      sink's exp(sinks[h]) is part of the sum
 
@@ -51,12 +51,18 @@ class Problem:
     sinks its lse is the sink, whose gradient is lse's. So does one whose every visible key has a bias of
     −inf, if K and V are finite there.
 
+    Dropout: d_ij is 1 / (1 − dropout_rate) or, with that probability, 0; which of them is a function of
+    dropout_seed and of b, h, i and j, the numbers of batch row, query head, query and key, that
+    `heedful.dropout_mask` documents. So it is the same for every backend, framework and tile size. It
+    changes neither lse nor what is visible: a weight is multiplied by 0, and a NaN in V stays one.
+
     Precision: products accumulate in float32 (float64 for float64); out has q's dtype, lse is float32
     (float64) of shape (B, Hq, Sq) in either layout. out and lse are both differentiable in q, k, v,
     bias, sinks and alibi_slopes.
 
     Compilation: a problem is what JAX backends compile for. New values of arrays, lengths among them,
-    and of q_offset, a number or an array, never compile anew. A new scale, softcap or window does:
+    and of q_offset and dropout_seed, numbers or arrays, never compile anew. A new scale, softcap, window
+    or dropout_rate does:
     they are constants of a model rather than values of a call, the first two are folded into each
     tile's arithmetic, and the window says which tiles there are. (On a GPU, a JAX call of a torch
     backend compiles anew for a new number q_offset too: torch would have to wait for the value.)
@@ -76,6 +82,8 @@ class Problem:
         bias_dtype: of bias, or None.
         q_lengths, kv_lengths, q_segment_ids, kv_segment_ids: whether they are given.
         sinks: whether they are given.
+        dropout_rate: the probability that a weight is dropped.
+        dropout_seed: where it is one number known beforehand; None where it comes from the operand.
         return_lse: whether lse is asked for.
     """
 
@@ -104,6 +112,8 @@ class Problem:
     q_segment_ids: bool = False
     kv_segment_ids: bool = False
     sinks: bool = False
+    dropout_rate: float = 0.0
+    dropout_seed: int | None = None
     return_lse: bool = False
 
     @property
@@ -149,27 +159,41 @@ class Problem:
 
     @property
     def compiled(self) -> Self:
-        """This problem as JAX compiles it: without the number that `as_operand` makes an operand."""
-        return replace(self, q_offset=None) if self.q_offset_given else self
+        """This problem as JAX compiles it: without the numbers that `as_operand` makes operands."""
+        nothing: dict[str, Any] = dict.fromkeys(self._numbers)
+        return replace(self, **nothing) if nothing else self
 
     def as_operand(self, operands: Operands) -> Operands:
-        """The operands of `compiled`: the caller's own q_offset is a value, and none compiles anew.
+        """The operands of `compiled`: the caller's own numbers are values, and none compiles anew.
 
-        It is a NumPy array, which is a plain argument to JAX and on no device.
+        They are NumPy arrays, which are plain arguments to JAX and on no device.
         """
-        if not self.q_offset_given or self.q_offset is None:
+        if not self._numbers:
             return operands
-        return operands._replace(q_offset=np.array([self.q_offset], np.int32))
+        return operands._replace(
+            **{name: np.array([x], np.int32) for name, x in self._numbers.items()}
+        )
 
     def as_number(self, operands: Operands) -> tuple[Self, Operands]:
         """Undoes `compiled` and `as_operand`, for a backend that reads values and compiles nothing.
 
-        It waits for the operand, so that should lie in the host's memory.
+        It waits for the operands, so those should lie in the host's memory.
         """
-        if operands.q_offset is None or operands.q_offset.shape != (1,):
+        found: dict[str, Any] = {}
+        for name in NUMBERS:
+            x = getattr(operands, name)
+            if x is not None and x.shape == (1,):
+                found[name] = int(x[0])
+        if not found:
             return self, operands
-        number = int(operands.q_offset[0])
-        return replace(self, q_offset=number), operands._replace(q_offset=None)
+        return replace(self, **found), operands._replace(**dict.fromkeys(found))
+
+    @property
+    def _numbers(self) -> dict[str, int]:
+        """The options that the caller gave as numbers and that may be arrays."""
+        given = {"q_offset": self.q_offset if self.q_offset_given else None}
+        given["dropout_seed"] = self.dropout_seed
+        return {name: x for name, x in given.items() if x is not None}
 
 
 @lru_cache(128)  # every option is asked, and every call of one problem asks for them

@@ -45,6 +45,7 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
+from heedful.rules.dropout import thinned
 from heedful.rules.scores import added
 
 
@@ -191,8 +192,9 @@ def _of_tile(
     k, v = clean(k, seen), clean(v, seen)
     s, slope, _ = scores(problem, tiles, tile, q, k)
     p = jnp.exp(s - m) * inverse  # line 13
-    dv = clean(gather(p, do_turned), seen_turned)  # line 16
-    dp = query_key(do, v)  # line 17
+    left = thinned(problem, tile.kept, p)  # lines 14 and 15
+    dv = clean(gather(left, do_turned), seen_turned)  # line 16
+    dp = thinned(problem, tile.kept, query_key(do, v))  # lines 17 and 18
     ds = p * (dp - delta)  # lines 19 and 20
     parts = _of_added(problem, tiles, tile, ds, wanted)
     if slope is not None:

@@ -31,6 +31,7 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
+from heedful.rules.dropout import thinned
 
 
 class Kept(NamedTuple):
@@ -96,6 +97,8 @@ def forward(problem: Problem, given: Numbered, *, tiles: Tiles | None = None) ->
                 l_new = shrink * l + p.sum(axis=-1)
                 # Line 12, but divided by l once at the end, not in every step.
                 v = clean(v, seen_keys(problem, tiles, tile.see))
+                # Of what dropout leaves; l is the sum of all.
+                p = thinned(problem, tile.kept, p)
                 return m_new, l_new, shrink[..., None] * out + weigh(p, v)
 
             rows = q.shape[:2]

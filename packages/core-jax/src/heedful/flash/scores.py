@@ -20,6 +20,7 @@ from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.flash.tiles import Tiles, count_up, cut, start
+from heedful.rules.dropout import kept
 from heedful.rules.place import Place
 from heedful.rules.scores import added, capped, distance
 from heedful.rules.visibility import of_key_heads, visible
@@ -143,12 +144,14 @@ class Tile(NamedTuple):
         place: its numbers.
         operands: those over the scores cut to it.
         distance: see `rules.scores`.
-        see: what is seen in it, (b, h·g, queries, keys), each axis full or 1; None: all.
+        kept: what dropout keeps of it, (b, h·g, queries, keys); None: all.
+        see: what is seen in it, likewise, each axis full or 1; None: all.
     """
 
     place: Place
     operands: Operands
     distance: Array | None
+    kept: Array | None
     see: Array | None
 
 
@@ -163,8 +166,9 @@ def tile_at(
     cuts = {name: cut_scores(problem, tiles, x, i, j) for name, x in over_scores.items()}
     operands = given.operands._replace(**cuts)
     apart = distance(problem, operands, place)
+    left = kept(problem, operands, place)
     if not masked:
-        return Tile(place, operands, apart, None)
+        return Tile(place, operands, apart, left, None)
     see = visible(problem, operands, place)
     if problem.kv_length % tiles.keys:  # the last tile overlaps the one before it: count keys once
         fresh = place.j >= j * tiles.keys
@@ -172,7 +176,7 @@ def tile_at(
     if problem.q_length % tiles.queries:
         fresh = place.i >= i * tiles.queries
         see = fresh if see is None else see & fresh
-    return Tile(place, operands, apart, see)
+    return Tile(place, operands, apart, left, see)
 
 
 def seen_keys(problem: Problem, tiles: Tiles, see: Array | None) -> Array | None:

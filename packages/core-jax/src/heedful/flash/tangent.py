@@ -49,6 +49,7 @@ from heedful.flash.tiles import (
     tile_sizes,
     visit,
 )
+from heedful.rules.dropout import thinned
 from heedful.rules.scores import added
 
 
@@ -163,7 +164,9 @@ def _of_tile(
         s_dot = s_dot + _of_added(problem, tiles, tile, s.shape, along)
     # Where e is 0, the tangent of the score may be anything, infinity too.
     e_dot = e * clean(s_dot, e != 0)
-    return weigh(e_dot, v) + weigh(e, v_dot), e_dot.sum(axis=-1)
+    l_part = e_dot.sum(axis=-1)
+    e, e_dot = (thinned(problem, tile.kept, x) for x in (e, e_dot))
+    return weigh(e_dot, v) + weigh(e, v_dot), l_part
 
 
 def _of_rows(out: Array, l: Array, out_sum: Array, l_dot: Array) -> tuple[Array, Array]:

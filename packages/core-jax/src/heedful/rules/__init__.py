@@ -1,5 +1,6 @@
 """The contract's arithmetic, each rule once: for the whole score matrix, a tile of it, or a row.
 
+    dropout.py      which weights are kept
     place.py        which batch rows, heads, queries and keys a tile is
     scores.py       from products to scores
     softmax.py      what its denominator holds beyond the keys
@@ -10,6 +11,6 @@ Whoever computes by these rules takes every feature they are about, one that is 
 more, and shares no line.
 """
 
-from heedful.rules import scores, softmax, visibility
+from heedful.rules import dropout, scores, softmax, visibility
 
-FEATURES = scores.FEATURES | softmax.FEATURES | visibility.FEATURES
+FEATURES = dropout.FEATURES | scores.FEATURES | softmax.FEATURES | visibility.FEATURES
