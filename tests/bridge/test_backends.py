@@ -54,7 +54,7 @@ class TestZentorch(Contract, examples=30):
     }  # fmt: skip
 
 
-class TestFlashAttn2(Contract, examples=8):
+class TestFlashAttn2(Contract, examples=5):
     backend = "torch:flash-attn-2"
     caller = TorchCaller(on_gpu=False)
     accepts = frozenset({"lse", "basic", "scale", "value size", "causal"})

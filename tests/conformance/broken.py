@@ -122,6 +122,33 @@ def _(problem, operands):
     return plain(problem, operands._replace(kv_lengths=None, **finite))
 
 
+DROPOUT = hard.hard("dropout", hard.normal, dropout_rate=0.4, dropout_seed=5)
+OF_WEIGHTS = EVERYTHING - {"lse"}
+
+
+@broken("jax:dropout-ignored", caught_in=DROPOUT, wrong=OF_WEIGHTS)
+def _(problem, operands):
+    return plain(replace(problem, dropout_rate=0.0), operands._replace(dropout_seed=None))
+
+
+@broken("jax:dropout-of-another-seed", caught_in=DROPOUT, wrong=OF_WEIGHTS)
+def _(problem, operands):
+    return plain(problem, operands._replace(dropout_seed=operands.dropout_seed + 1))
+
+
+@broken("jax:dropout-not-made-up-for", caught_in=DROPOUT, wrong=OF_WEIGHTS)
+def _(problem, operands):
+    out, lse = plain(problem, operands)
+    return out * jnp.asarray(1 - problem.dropout_rate, out.dtype), lse
+
+
+@broken("jax:dropout-forward-alone", caught_in=DROPOUT, wrong={"dq", "dk", "dv"})
+def _(problem, operands):
+    out, lse = plain(replace(problem, dropout_rate=0.0), operands._replace(dropout_seed=None))
+    dropped, _ = jax.lax.stop_gradient(plain(problem, operands))
+    return out + dropped - jax.lax.stop_gradient(out), lse
+
+
 @broken("jax:scale-doubled", caught_in="scale", wrong=EVERYTHING)
 def _(problem, operands):
     return plain(replace(problem, scale=2 * problem.scale), operands)

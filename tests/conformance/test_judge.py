@@ -34,9 +34,9 @@ REDUCED = (
     ("causal-tall", "mask-empty"),
     ("gqa-bshd",),
     ("softcap-bias", "large-logits"),
-    ("tiny", "one-key", "long-causal"),
+    ("tiny", "one-key"),
     ("from-torch", "from-jax-masked"),
-    ("combination-173", "combination-135"),
+    ("combination-129", "combination-158"),
     ("minilm-layer0",),
 )
 

@@ -335,7 +335,7 @@ def test_a_fault_of_the_scores_is_seen_in_float64(monkeypatch, rule):
     option = {"added": "bias", "capped": "softcap"}[rule]
     mine = (c for c in combined() if c.dtype == "float64" and c.caller in (None, "jax"))
     asked = [c for c in mine if c.row[option] != "none" and c.row["scale"] != "0" and c.return_lse]
-    report = crosscheck(["jax:plain"], asked[:10])
+    report = crosscheck(["jax:plain"], asked[:6])
     assert not any("raised" in failure.message for failure in report.failures)
     assert not [o.case for o in report.outcomes if o.verdict == "agree"]
     assert report.failures

@@ -276,8 +276,14 @@ RULES = (
     ),
     Rule(
         {"alibi_slopes": _but("alibi_slopes", "none")},
-        {"lengths": _but("lengths", "2100x33")},
-        "distances of 2000 that all keys have in common cancel, and half precision loses the rest",
+        {"lengths": _but("lengths", "2100x33", "1x1", "1x133", "1x4160")},
+        "distances of 2000 that all keys have in common cancel, and half precision loses the rest; of one "
+        "query they may cancel too",
+    ),
+    Rule(
+        {"sinks": ("usual", "large")},
+        {"logits": _but("logits", "above"), "softcap": ("30",), "dtype": ("float64",)},
+        "beside keys whose logits are near 100 nothing is left of a sink",
     ),
     Rule(
         {"bias": ("rows",)},
