@@ -31,6 +31,7 @@ PUBLIC = {
     "backends",
     "causal_flash_attention",
     "decode",
+    "dropout_mask",
     "explain",
     "flash_attention",
     "flash_attention_varlen",

@@ -277,8 +277,8 @@ RULES = (
     Rule(
         {"alibi_slopes": _but("alibi_slopes", "none")},
         {"lengths": _but("lengths", "2100x33", "1x1", "1x133", "1x4160")},
-        "distances of 2000 that all keys have in common cancel, and half precision loses the rest; of one "
-        "query they may cancel too",
+        "distances of 2000 that all keys have in common cancel, and half precision loses the rest; "
+        "those of one query may cancel too",
     ),
     Rule(
         {"sinks": ("usual", "large")},
