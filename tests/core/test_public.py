@@ -30,6 +30,7 @@ PUBLIC = {
     "attention",
     "backends",
     "causal_flash_attention",
+    "cosine_sim_flash_attention",
     "decode",
     "dropout_mask",
     "explain",

@@ -14,6 +14,7 @@ from heedful.cache import Decoded, decode
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.comparison import value_and_grad_difference
+from heedful.cosine import cosine_sim_flash_attention
 from heedful.dispatch import Backend, Refusal, backends, register, unregister, use_backend
 from heedful.ring import ring_attention, zigzag
 from heedful.varlen import flash_attention_varlen
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "backends",
     "causal_flash_attention",
+    "cosine_sim_flash_attention",
     "decode",
     "dropout_mask",
     "explain",
