@@ -38,6 +38,16 @@ def test_snippets_run(name):
         exec(compile("\n" * (snippet.map[0] + 1) + snippet.content, name, "exec"), scope)
 
 
+def test_the_figures_are_those_that_the_code_draws(capsys):
+    tokens = MarkdownIt().parse((ROOT / "docs/algorithm.md").read_text())
+    fences = [token for token in tokens if token.type == "fence"]
+    scope = {}
+    assert len(fences) == 10
+    for snippet, figure in zip(fences[::2], fences[1::2], strict=True):
+        exec(compile(snippet.content, "algorithm.md", "exec"), scope)
+        assert capsys.readouterr().out == figure.content
+
+
 def cells(name):
     """By function and column, of all tables whose rows are functions."""
     found, header = {}, ()
