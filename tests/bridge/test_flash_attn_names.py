@@ -2,10 +2,13 @@
 
 import inspect
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import heedful
 import heedful_torch.flash_attn as flash_attn
@@ -138,13 +141,109 @@ def test_packed_functions_are_the_function(backend):
         torch.testing.assert_close(got, want)
 
 
+# Dropout
+
+
+def dense(q, k, v, rate, seed, scale=8**-0.5):
+    """Causal attention in float64 by the definition, dropped where `heedful.dropout_mask` says so."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    (B, H, Sq), Sk = q.shape[:3], k.shape[2]
+    b, h, i, j = map(torch.arange, (B, H, Sq, Sk))
+    scores = (q @ k.mT * scale).masked_fill(j > i[:, None] + Sk - Sq, -torch.inf)
+    kept = heedful.dropout_mask(
+        rate, seed, b[:, None, None, None], h[None, :, None, None], i[:, None], j
+    )
+    weights = torch.where(kept, scores.softmax(-1) / (1 - rate), 0)
+    return (weights @ v).transpose(1, 2), scores.logsumexp(-1), None
+
+
+@pytest.mark.parametrize(("p", "deterministic"), [(0.2, False), (0.9, True)])
+def test_dropout_is_that_of_a_seed_drawn_from_torch(p, deterministic):
+    arrays = qkv()
+    dout = normal(*arrays[0].shape, seed=7)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**31 - 1, ()))
+    right = with_gradients(lambda *x, **_: dense(*x, p, seed), arrays, dout)
+    torch.manual_seed(5)
+    told = {"dropout_p": p, "causal": True, "deterministic": deterministic}
+    ours = with_gradients(flash_attn.flash_attn_func, arrays, dout, **told)
+    for got, want in zip(ours, right, strict=True):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-5, atol=1e-5)
+    again = with_gradients(flash_attn.flash_attn_func, arrays, dout, **told)
+    assert not torch.equal(again[0], ours[0]) and torch.equal(again[1], ours[1])
+
+
+def test_packed_functions_drop_the_same():
+    q, k, v = (x.detach() for x in qkv(Sq=13, Hkv=4))
+    kv, qkv_ = torch.stack([k, v], 2), torch.stack([q, k, v], 2)
+    found = []
+    with heedful.use_backend("numpy:oracle"):
+        for function, arrays in (
+            (flash_attn.flash_attn_func, (q, k, v)),
+            (flash_attn.flash_attn_kvpacked_func, (q, kv)),
+            (flash_attn.flash_attn_qkvpacked_func, (qkv_,)),
+        ):
+            torch.manual_seed(5)
+            found.append(function(*arrays, dropout_p=0.5))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_checkpoint_drops_the_same_again():
+    arrays = qkv()
+    dout = normal(*arrays[0].shape, seed=7)
+
+    def gradients(attention):
+        torch.manual_seed(5)
+        out = attention(*arrays)
+        torch.randint(9, ())  # what comes later draws too
+        return torch.autograd.grad(out, arrays, dout)
+
+    def attention(*arrays):
+        return flash_attn.flash_attn_func(*arrays, dropout_p=0.5)
+
+    checkpointed = partial(checkpoint, attention, use_reentrant=False)
+    for got, want in zip(gradients(checkpointed), gradients(attention), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_compiled_call_draws_what_an_eager_one_draws():
+    arrays = [x.detach() for x in qkv()]
+
+    def attention(*arrays):
+        return flash_attn.flash_attn_func(*arrays, dropout_p=0.5)
+
+    def several(attention):
+        torch.manual_seed(5)
+        return [attention(*arrays) for _ in range(3)]
+
+    compiled = torch.compile(attention, backend="eager")
+    # A seed that were a constant of the graph would compile it anew.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = several(compiled)
+    for got, want in zip(found, several(attention), strict=True):
+        assert torch.equal(got, want)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_without_data_nothing_is_drawn():
+    state = torch.get_rng_state()
+    q, k, v = (x.to("meta") for x in qkv())
+    assert flash_attn.flash_attn_func(q, k, v, dropout_p=0.5).shape == q.shape
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 9, 4, 8) for _ in range(3))
+        assert flash_attn.flash_attn_func(q, k, v, dropout_p=0.5).shape == q.shape
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # What is refused, and what is not there
 
 
 @pytest.mark.parametrize(
     ("told", "kind", "said"),
     [
-        ({"dropout_p": 0.1}, NotImplementedError, "no dropout yet: dropout_p must be 0.0. Got 0.1"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must lie .*, without 1. Got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p must lie .*, without 1. Got -0.1"),
         ({"window_size": (None, 3)}, ValueError, r"Got \(None, 3\). An open side is -1"),
         ({"window_size": (-2, 3)}, ValueError, r"Got \(-2, 3\). An open side is -1"),
         ({"window_size": (1.5, 3)}, ValueError, "window must hold integers"),

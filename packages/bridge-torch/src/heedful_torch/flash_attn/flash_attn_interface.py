@@ -1,7 +1,7 @@
 """flash-attn's functions of dense sequences, each a call of `heedful.attention`.
 
 Which backend computes is said from outside, by `heedful.use_backend` or HEEDFUL_BACKEND: no argument of
-flash-attn's says it. No argument is ignored: what no backend can do yet is refused.
+flash-attn's says it. No argument is ignored: what no backend can do is refused.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 import heedful
 from heedful import dispatch
 from heedful.call import Call
-from heedful_torch.function import outside_compilation
+from heedful_torch.function import has_no_data, outside_compilation
 
 OPEN = -1  # a side of a window
 
@@ -42,7 +42,10 @@ def flash_attn_func(
         q: queries, (B, Sq, Hq, D).
         k: keys, (B, Sk, Hkv, D), Hq a multiple of Hkv.
         v: values, (B, Sk, Hkv, D).
-        dropout_p: 0.0; heedful has no dropout yet.
+        dropout_p: the probability, below 1, with which a softmax weight is dropped; the others are
+            multiplied by 1 / (1 − dropout_p). Which ones, `heedful.dropout_mask` says of a seed that is
+            drawn at each call from torch's default generator of CPU: `torch.manual_seed` repeats it, and
+            so does `torch.utils.checkpoint`. torch.compile breaks its graph to draw it.
         softmax_scale: factor of the scores, D^-½ by default.
         causal: whether a query sees no key beyond p_i.
         window_size: (left, right), how many keys each side of p_i it sees; −1 is an open side.
@@ -56,20 +59,19 @@ def flash_attn_func(
         out (B, Sq, Hq, D); with `return_attn_probs` (out, softmax_lse, S_dmask). softmax_lse, of shape
         (B, Hq, Sq), float32 (float64 for float64), is that of the scores above, differentiable, and −inf
         where a query sees no key. (flash-attn drops its gradient, gives +inf or 0 there, and, by the
-        source of its CUDA kernels, slope · p_i more in a causal call with slopes.) S_dmask, which shows
-        what dropout dropped, is None.
+        source of its CUDA kernels, slope · p_i more in a causal call with slopes.) It is that of all
+        weights, dropped or not. S_dmask, which in flash-attn shows what was dropped, is None, always.
 
     Raises:
-        NotImplementedError: dropout is asked for.
         TypeError, ValueError: an argument is none of those above; says what came and how to mend it.
         Refusal: no backend that was asked can honour the call; says every reason.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, x, "(B, S, H, D)")
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"heedful has no dropout yet: dropout_p must be 0.0. Got {dropout_p}. "
-            "In a module pass 0.0 where it does not train; to train, set its dropout to 0.0."
+    if not 0 <= dropout_p < 1:
+        raise ValueError(
+            f"dropout_p must lie between 0 and 1, without 1. Got {dropout_p}. "
+            "It is the probability that a weight is dropped, not that it is kept."
         )
     options: dict[str, Any] = {
         "causal": causal,
@@ -81,8 +83,13 @@ def flash_attn_func(
         "return_lse": return_attn_probs,
     }
     if deterministic:
-        _refuse_what_is_not_deterministic(q, k, v, options)
-    results: Any = heedful.attention(q, k, v, **options)
+        asked = {**options, "dropout_rate": dropout_p, "dropout_seed": 0}  # any seed
+        _refuse_what_is_not_deterministic(q, k, v, asked)
+    results: Any
+    if dropout_p > 0:
+        results = _with_dropout(q, k, v, {**options, "dropout_rate": dropout_p})
+    else:
+        results = heedful.attention(q, k, v, **options)
     return (*results, None) if return_attn_probs else results
 
 
@@ -208,3 +215,10 @@ def _refuse_what_is_not_deterministic(
             'backend around the call: with heedful.use_backend("jax:flash").',
             {chosen.name: (why,)},
         )
+
+
+# A compiled draw would be another one, and a graph is compiled anew for each number in it.
+@outside_compilation
+def _with_dropout(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
+    seed = 0 if has_no_data(q) else int(torch.randint(2**31 - 1, (), device="cpu"))
+    return heedful.attention(q, k, v, **options, dropout_seed=seed)
