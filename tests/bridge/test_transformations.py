@@ -240,6 +240,17 @@ def test_a_map_is_a_loop(backend, bias, options, mapped, dim):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_lengths_and_seeds_may_come_from_outside_a_transformation():
+    q, k, v = qkv()
+    told = {"kv_lengths": torch.tensor(2), "dropout_rate": 0.5, "dropout_seed": torch.tensor(3)}
+
+    def loss(q):
+        return heedful.attention(q, k, v, **told, backend="numpy:oracle").square().sum()
+
+    (want,) = torch.autograd.grad(loss(q.requires_grad_()), q)
+    torch.testing.assert_close(grad(loss)(q.detach()), want)
+
+
 def test_a_gradient_penalty_of_a_batched_backward_is_refused_too():
     q, k, v = (x.requires_grad_() for x in qkv("", 2))
     out = heedful.attention(q, k, v, backend="torch:sdpa-flash")

@@ -81,9 +81,9 @@ def is_concrete_on_cpu(x: Array) -> bool:
         return False
     if framework_of(x) != "torch":
         return True
-    # Inside torch.func's transforms, or torch.compile, a tensor has no data to read.
+    # Inside torch.func's transforms, or torch.compile, no tensor has data that NumPy can read.
     torch, fakes = sys.modules["torch"], sys.modules.get("torch._subclasses.fake_tensor")
-    return not (torch._C._functorch.is_functorch_wrapped_tensor(x) or (fakes and fakes.is_fake(x)))
+    return not (torch._C._are_functorch_transforms_active() or (fakes and fakes.is_fake(x)))
 
 
 def broadcast_to(x: Array, shape: tuple[int, ...]) -> Array:
