@@ -15,7 +15,7 @@ import numpy as np
 
 from heedful import dispatch
 from heedful.call import Call
-from heedful.call.arrays import Array, is_concrete_on_cpu, shape_of
+from heedful.call.arrays import Array, framework_of, is_concrete_on_cpu, shape_of
 from heedful.call.checks import check_integers, framework_of_all
 from heedful.call.operands import Operands
 from heedful.compiled import compiled
@@ -100,7 +100,12 @@ def packed(
     q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, **options: Any
 ) -> Call:
     """The call of one row that packed sequences are; `OFFSETS` among its arrays where they matter."""
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if framework_of(q) == "torch":
+        raise TypeError(
+            "flash_attention_varlen takes JAX and NumPy arrays. Got torch tensors. "
+            "heedful_torch.flash_attn.flash_attn_varlen_func takes them."
+        )
     totals = q.shape[0], k.shape[0]
     top_left = isinstance(options["causal"], str)
     if isinstance(q, np.ndarray):
@@ -170,14 +175,11 @@ def _rows_in_jax(
 # Checks of what is packed; the others are those of any call
 
 
-def _check(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array) -> None:
+def check_packed(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array) -> None:
+    """Raises TypeError or ValueError for what is not packed, of any framework."""
     cumulated = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     arrays = {"q": q, "k": k, "v": v, **cumulated}
-    if framework_of_all(arrays) == "torch":
-        raise TypeError(
-            "flash_attention_varlen takes JAX and NumPy arrays. Got torch tensors. Pass "
-            "heedful.attention q_segment_ids= and kv_segment_ids=, which number each token's sequence."
-        )
+    framework_of_all(arrays)
     shapes = {name: shape_of(x) for name, x in arrays.items()}
     if any(len(shapes[name]) != 3 for name in "qkv"):
         raise ValueError(

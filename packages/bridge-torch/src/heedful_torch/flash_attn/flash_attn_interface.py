@@ -160,19 +160,19 @@ def _check_rank(name: str, x: Tensor, axes: str) -> None:
     if x.ndim != axes.count(",") + 1:
         raise ValueError(
             f"{name} must be {axes}. Got shape {tuple(x.shape)}. "
-            "Other ranks, and packed sequences, are for heedful.attention."
+            "Other ranks are for heedful.attention, packed sequences for flash_attn_varlen_func."
         )
 
 
-def _unpacked(name: str, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    axes = f"(B, S, {parts}, H, D)"
-    _check_rank(name, x, axes)
-    if x.shape[2] != parts:
+def _unpacked(name: str, x: Tensor, parts: int, tokens: str = "B, S") -> tuple[Tensor, ...]:
+    axes = f"({tokens}, {parts}, H, D)"
+    axis = tokens.count(",") + 1
+    if x.ndim != axis + 3 or x.shape[axis] != parts:
         raise ValueError(
             f"{name} must be {axes}. Got shape {tuple(x.shape)}. "
-            f"Stack the {parts} tensors (B, S, H, D) with torch.stack(..., dim=2)."
+            f"Stack the {parts} tensors ({tokens}, H, D) with torch.stack(..., dim={axis})."
         )
-    return x.unbind(2)
+    return x.unbind(axis)
 
 
 def _window(window_size: Sequence[int]) -> tuple[int | None, int | None] | None:
