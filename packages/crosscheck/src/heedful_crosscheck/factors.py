@@ -270,6 +270,11 @@ RULES = (
         "one query, one head, one number: where that happens to cancel, all digits are lost",
     ),
     Rule(
+        {"bias": ("floor",)},
+        {"lengths": _but("lengths", "1x1", "1x133", "1x4160")},
+        "the first query's keys are all at -30000, where float32 has three digits left of a logit",
+    ),
+    Rule(
         {"alibi_slopes": _but("alibi_slopes", "none")},
         {"heads": _but("heads", "1/1")},
         "the gradient of one slope alone is one number, which may cancel",
