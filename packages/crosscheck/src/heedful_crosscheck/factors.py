@@ -237,6 +237,11 @@ RULES = (
         "one query sees itself, and the last keys are hidden",
     ),
     Rule(
+        {"mask": ("empty-rows",)},
+        {"lengths": _but("lengths", "1x1", "1x133", "1x4160"), "window": ("none", "right")},
+        "one query stands at the last keys",
+    ),
+    Rule(
         {"window": ("self",)},
         {"lengths": _but("lengths", "1x1", "1x133", "1x4160")},
         "one query that may see one key soon sees none",

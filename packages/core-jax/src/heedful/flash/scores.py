@@ -167,6 +167,8 @@ def tile_at(
     operands = given.operands._replace(**cuts)
     apart = distance(problem, operands, place)
     left = kept(problem, operands, place)
+    if left is not None:  # batch rows of a `jax.vmap` share their numbers
+        left = jnp.broadcast_to(left, (tiles.batch, *left.shape[1:]))
     if not masked:
         return Tile(place, operands, apart, left, None)
     see = visible(problem, operands, place)
