@@ -36,7 +36,7 @@ REDUCED = (
     ("softcap-bias", "large-logits"),
     ("tiny", "one-key"),
     ("from-torch", "from-jax-masked"),
-    ("combination-128", "combination-148"),
+    ("combination-124", "combination-148"),
     ("minilm-layer0",),
 )
 
