@@ -1,8 +1,8 @@
 """flash-attn's Triton kernels give gradients of NaN where ALiBi's slopes are below 0.
 
-The backward kernels take exp of the scores of queries and keys beyond the last, which such slopes let grow
-to inf, and multiply it by 0. They are made for AMD's GPUs; here Triton's interpreter runs them on a CPU, for
-which the package's operators are registered for every device, and slopes may lie anywhere.
+The backward kernels take exp of the scores of queries and keys beyond the last, which such slopes let
+grow to inf, and multiply it by 0. They are made for AMD's GPUs; here Triton's interpreter runs them on a
+CPU, for which the package's operators are registered for every device, and slopes may lie anywhere.
 
     python flash_attn_triton_alibi.py
 """
