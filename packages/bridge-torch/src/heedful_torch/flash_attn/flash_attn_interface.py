@@ -13,11 +13,16 @@ from torch import Tensor
 import heedful
 from heedful import dispatch
 from heedful.call import Call
+from heedful_torch.flash_attn.arguments import (
+    OPEN,
+    Results,
+    capped_at,
+    check_rank,
+    slopes,
+    unpacked,
+    window,
+)
 from heedful_torch.function import has_no_data, outside_compilation
-
-OPEN = -1  # a side of a window
-
-Results = Tensor | tuple[Tensor, Tensor, None]
 
 
 def flash_attn_func(
@@ -67,7 +72,7 @@ def flash_attn_func(
         Refusal: no backend that was asked can honour the call; says every reason.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_rank(name, x, "(B, S, H, D)")
+        check_rank(name, x, "(B, S, H, D)")
     if not 0 <= dropout_p < 1:
         raise ValueError(
             f"dropout_p must lie between 0 and 1, without 1. Got {dropout_p}. "
@@ -75,10 +80,10 @@ def flash_attn_func(
         )
     options: dict[str, Any] = {
         "causal": causal,
-        "window": _window(window_size),
-        "softcap": None if softcap <= 0 else softcap,
+        "window": window(window_size),
+        "softcap": capped_at(softcap),
         "scale": softmax_scale,
-        "alibi_slopes": _slopes(alibi_slopes, q),
+        "alibi_slopes": slopes(alibi_slopes, q),
         "layout": "bshd",
         "return_lse": return_attn_probs,
     }
@@ -109,7 +114,7 @@ def flash_attn_kvpacked_func(
 
     A backend of JAX copies its slices, and a `CopyWarning` says so.
     """
-    k, v = _unpacked("kv", kv, 2)
+    k, v = unpacked("kv", kv, 2)
     return flash_attn_func(
         q,
         k,
@@ -140,7 +145,7 @@ def flash_attn_qkvpacked_func(
 
     A backend of JAX copies its slices, and a `CopyWarning` says so.
     """
-    q, k, v = _unpacked("qkv", qkv, 3)
+    q, k, v = unpacked("qkv", qkv, 3)
     return flash_attn_func(
         q,
         k,
@@ -154,53 +159,6 @@ def flash_attn_qkvpacked_func(
         deterministic,
         return_attn_probs,
     )
-
-
-def _check_rank(name: str, x: Tensor, axes: str) -> None:
-    if x.ndim != axes.count(",") + 1:
-        raise ValueError(
-            f"{name} must be {axes}. Got shape {tuple(x.shape)}. "
-            "Other ranks are for heedful.attention, packed sequences for flash_attn_varlen_func."
-        )
-
-
-def _unpacked(name: str, x: Tensor, parts: int, tokens: str = "B, S") -> tuple[Tensor, ...]:
-    axes = f"({tokens}, {parts}, H, D)"
-    axis = tokens.count(",") + 1
-    if x.ndim != axis + 3 or x.shape[axis] != parts:
-        raise ValueError(
-            f"{name} must be {axes}. Got shape {tuple(x.shape)}. "
-            f"Stack the {parts} tensors ({tokens}, H, D) with torch.stack(..., dim={axis})."
-        )
-    return x.unbind(axis)
-
-
-def _window(window_size: Sequence[int]) -> tuple[int | None, int | None] | None:
-    if not (isinstance(window_size, Sequence) and len(window_size) == 2):
-        raise ValueError(
-            f"window_size must be a pair (left, right). Got {window_size!r}. "
-            "For no window pass (-1, -1)."
-        )
-    for side in window_size:
-        if side is None or side < OPEN:
-            raise ValueError(
-                f"window_size must hold integers of at least -1. Got {tuple(window_size)}. "
-                "An open side is -1."
-            )
-    left, right = (None if side == OPEN else side for side in window_size)
-    return None if left is None and right is None else (left, right)
-
-
-def _slopes(alibi_slopes: Tensor | None, q: Tensor) -> Tensor | None:
-    if alibi_slopes is None:
-        return None
-    if alibi_slopes.dtype != torch.float32:
-        raise TypeError(
-            f"alibi_slopes must be float32, whatever q is. Got {alibi_slopes.dtype}. "
-            "Pass alibi_slopes.float()."
-        )
-    # float64, which flash-attn does not have, takes the same numbers.
-    return alibi_slopes.double() if q.dtype == torch.float64 else alibi_slopes
 
 
 @outside_compilation

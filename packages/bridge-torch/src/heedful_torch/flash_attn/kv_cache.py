@@ -7,7 +7,7 @@ from torch import Tensor
 
 import heedful
 from heedful.call.arrays import is_concrete_on_cpu
-from heedful_torch.flash_attn.flash_attn_interface import OPEN, _check_rank, _slopes, _window
+from heedful_torch.flash_attn.arguments import OPEN, capped_at, check_rank, slopes, window
 
 
 def flash_attn_with_kvcache(
@@ -69,7 +69,7 @@ def flash_attn_with_kvcache(
     given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
     tensors = {name: x for name, x in given.items() if x is not None}
     for name, x in tensors.items():
-        _check_rank(name, x, "(B, S, H, D)")
+        check_rank(name, x, "(B, S, H, D)")
     _refuse_what_is_not_there(tensors, cache_leftpad, num_splits)
     room = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)
     new = 0 if k is None else k.shape[1]
@@ -81,8 +81,8 @@ def flash_attn_with_kvcache(
             "a block table says which pages are a row's, so cache_batch_idx says nothing. Got both. "
             "Pass block_table[cache_batch_idx]."
         )
-    window = _window(window_size)
-    moving = causal or window is not None
+    band = window(window_size)
+    moving = causal or band is not None
     if rotary_cos is not None or rotary_sin is not None:
         _check_rotary(rotary_cos, rotary_sin, q, room, new, moving)
     with torch.no_grad():
@@ -102,10 +102,10 @@ def flash_attn_with_kvcache(
             values,
             kv_lengths=before + new,
             causal=causal,
-            window=window,
-            softcap=None if softcap <= 0 else softcap,
+            window=band,
+            softcap=capped_at(softcap),
             scale=softmax_scale,
-            alibi_slopes=_slopes(alibi_slopes, q),
+            alibi_slopes=slopes(alibi_slopes, q),
             layout="bshd",
             return_lse=return_softmax_lse,
         )

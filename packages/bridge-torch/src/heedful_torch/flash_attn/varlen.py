@@ -15,13 +15,7 @@ import heedful
 from heedful.call.arrays import is_concrete_on_cpu
 from heedful.varlen import check_packed
 from heedful_torch.autograd import jax_in_torch
-from heedful_torch.flash_attn.flash_attn_interface import (
-    OPEN,
-    Results,
-    _slopes,
-    _unpacked,
-    _window,
-)
+from heedful_torch.flash_attn.arguments import OPEN, Results, capped_at, slopes, unpacked, window
 from heedful_torch.function import outside_compilation
 
 
@@ -89,10 +83,10 @@ def flash_attn_varlen_func(
             "alibi_slopes must be (Hq,), the same in all sequences. "
             f"Got {tuple(alibi_slopes.shape)}, for each sequence its own."
         )
-    call = _Varlen(causal, _window(window_size), softmax_scale, None if softcap <= 0 else softcap)
+    call = _Varlen(causal, window(window_size), softmax_scale, capped_at(softcap))
     longest = max_seqlen_q, max_seqlen_k
     out, lse = _computed(
-        call, longest, q, k, v, cu_seqlens_q, cu_seqlens_k, _slopes(alibi_slopes, q)
+        call, longest, q, k, v, cu_seqlens_q, cu_seqlens_k, slopes(alibi_slopes, q)
     )
     return (out, lse, None) if return_attn_probs else out
 
@@ -117,7 +111,7 @@ def flash_attn_varlen_kvpacked_func(
 
     Its slices are copied, and a `CopyWarning` says so.
     """
-    k, v = _unpacked("kv", kv, 2, "total_k")
+    k, v = unpacked("kv", kv, 2, "total_k")
     return flash_attn_varlen_func(
         q,
         k,
@@ -154,7 +148,7 @@ def flash_attn_varlen_qkvpacked_func(
 
     Its slices are copied, and a `CopyWarning` says so.
     """
-    q, k, v = _unpacked("qkv", qkv, 3, "total")
+    q, k, v = unpacked("qkv", qkv, 3, "total")
     return flash_attn_varlen_func(
         q,
         k,

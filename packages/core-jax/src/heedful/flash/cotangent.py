@@ -154,9 +154,8 @@ class OfTile:
         tile = tile._replace(operands=tile.operands._replace(**added))
         turned = (lax.optimization_barrier(x.swapaxes(1, 2)) for x in beside[:2])
         dq, dk, dv, parts = _of_tile(problem, tiles, tile, self.wanted, *beside, *turned)
-        dk, dv = lax.optimization_barrier(
-            (dk, dv)
-        )  # or the turn back joins the product (see `turn`)
+        # Or the turn back joins the product (see `turn`).
+        dk, dv = lax.optimization_barrier((dk, dv))
         return [dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2), *(parts[n] for n in self.wanted)]
 
 

@@ -1,11 +1,8 @@
-"""Which weights dropout keeps: a function of the seed and of where they stand, and of nothing else.
+"""Which weights dropout keeps: the function that `heedful.dropout_mask` documents.
 
-    key_bh  = threefry((seed, 0), (b, h))
-    word_ij = threefry(key_bh, (i, j))[0]        kept where word_ij ≥ rate · 2³²
-
-threefry is Threefry-2x32 of 20 rounds (Salmon et al. 2011), the cipher of JAX's own random numbers: it
-has no state, so that any tile of any size, in any order and in any framework, finds the same bits. Words
-are taken as int32, whose sums wrap in NumPy, JAX and torch alike, and the text has operators alone.
+It is of the seed and of where a weight stands, and of nothing else, so that any tile of any size, in any
+order and in any framework, finds the same bits. Words are taken as int32, whose sums wrap in NumPy, JAX
+and torch alike, and the text has operators alone.
 
 It costs about 130 integer operations a score, in the forward pass and in each derivative.
 """
@@ -44,16 +41,12 @@ def _rotated(x: Array, distance: int) -> Array:
     return (x << distance) | ((x >> (32 - distance)) & ((1 << distance) - 1))
 
 
-def threshold(rate: float) -> int:
-    """The least word, as int32, whose weight is kept."""
-    return min(math.ceil(rate * 2**32), 2**32 - 1) - 2**31
-
-
 def keeps(rate: float, seed: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
     """Which weights are kept, boolean; int32 arrays that broadcast."""
     word, _ = threefry(threefry((seed, seed ^ seed), (b, h)), (i, j))
+    least = min(math.ceil(rate * 2**32), 2**32 - 1)
     # From the unsigned word to the signed one in which it is compared: the sign bit turns over.
-    return (word ^ -(2**31)) >= threshold(rate)
+    return (word ^ -(2**31)) >= least - 2**31
 
 
 def kept(problem: Problem, operands: Operands, place: Place) -> Array | None:

@@ -68,7 +68,7 @@ def _for_every_device() -> Iterator[None]:
 
 
 def _let_slopes_lie_anywhere() -> None:
-    from flash_attn.flash_attn_triton_amd.utils import MetaData  # type: ignore[import-not-found]
+    from flash_attn.flash_attn_triton_amd.utils import MetaData  # type: ignore[import-not-found]  # an extra
 
     def need_alibi(self: Any, alibi_slopes: torch.Tensor, batch: int, nheads: int) -> None:
         assert alibi_slopes.shape == (batch, nheads)
