@@ -167,11 +167,34 @@ def test_nothing_new():
             ValueError,
             "Got both",
         ),
+        ({"v": torch.zeros(3, 1, 2, 4)}, ValueError, r"v must fit its cache, \(3, 1, 2, 8\)"),
+        ({"window_size": (-3, 0)}, ValueError, "integers of at least -1"),
+        ({"softcap": 1e39}, ValueError, "softcap must"),
+        (
+            {"cache_batch_idx": torch.tensor([0, -1, 2])},
+            ValueError,
+            "cache_batch_idx must hold numbers from 0 to . for what is attended to. Got -1",
+        ),
+        (
+            {"block_table": torch.tensor([[0, 9], [1, 9], [-1, 9]])},
+            ValueError,
+            "block_table must hold numbers from 0 to . for what is attended to. Got -1",
+        ),
     ],
     ids=str,
 )
 def test_what_it_cannot_honour_is_one_error(told, kind, said):
     q, k_cache, v_cache, k, v = ask(1, 1)
     arguments = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    before = k_cache.clone(), v_cache.clone()
     with pytest.raises(kind, match=said):
         flash_attn_with_kvcache(**{**arguments, "cache_seqlens": 2, **told})
+    torch.testing.assert_close((k_cache, v_cache), before, rtol=0, atol=0)  # nothing is half-done
+
+
+def test_a_backend_that_refuses_leaves_the_caches_alone():
+    q, k_cache, v_cache, k, v = ask(1, 1)
+    before = k_cache.clone()
+    with heedful.use_backend("torch:sdpa-flash"), pytest.raises(heedful.Refusal, match="softcap"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=2, softcap=1.0)
+    torch.testing.assert_close(k_cache, before, rtol=0, atol=0)

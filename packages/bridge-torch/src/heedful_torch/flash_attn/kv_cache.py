@@ -1,11 +1,14 @@
 """flash-attn's function of a cache: what is new is written in place, then `heedful.attention` called."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import heedful
+from heedful import dispatch
+from heedful.call import Call
 from heedful.call.arrays import is_concrete_on_cpu
 from heedful_torch.flash_attn.arguments import OPEN, capped_at, check_rank, slopes, window
 
@@ -85,30 +88,35 @@ def flash_attn_with_kvcache(
     moving = causal or band is not None
     if rotary_cos is not None or rotary_sin is not None:
         _check_rotary(rotary_cos, rotary_sin, q, room, new, moving)
+    options: dict[str, Any] = {
+        "kv_lengths": before + new,
+        "causal": causal,
+        "window": band,
+        "softcap": capped_at(softcap),
+        "scale": softmax_scale,
+        "alibi_slopes": slopes(alibi_slopes, q),
+        "layout": "bshd",
+        "return_lse": return_softmax_lse,
+    }
+    # All that can be refused is, before anything is written.
+    for name, cache, added in (("k", k_cache, k), ("v", v_cache, v)):
+        if added is not None:
+            _check_new(name, cache, added, q.shape[0], new)
+    _check_rows(k_cache, before + new, cache_batch_idx, block_table)
+    like = (_like_rows(x, q.shape[0], cache_batch_idx, block_table) for x in (k_cache, v_cache))
+    dispatch.choose(Call.of(q, *like, **options).problem)
     with torch.no_grad():
         if k is not None and v is not None:
             if rotary_cos is not None and rotary_sin is not None:
                 k = _rotated(k, before, rotary_cos, rotary_sin, rotary_interleaved, moving=True)
                 q = _rotated(q, before, rotary_cos, rotary_sin, rotary_interleaved, moving=moving)
             places = before[:, None] + torch.arange(new, device=q.device)
-            for name, cache, x in (("k", k_cache, k), ("v", v_cache, v)):
-                _append(name, cache, x, places, cache_batch_idx, block_table)
+            for cache, x in ((k_cache, k), (v_cache, v)):
+                _append(cache, x, places, cache_batch_idx, block_table)
         keys, values = (
             _rows(x, q.shape[0], cache_batch_idx, block_table) for x in (k_cache, v_cache)
         )
-        results: Tensor | tuple[Tensor, Tensor] = heedful.attention(
-            q,
-            keys,
-            values,
-            kv_lengths=before + new,
-            causal=causal,
-            window=band,
-            softcap=capped_at(softcap),
-            scale=softmax_scale,
-            alibi_slopes=slopes(alibi_slopes, q),
-            layout="bshd",
-            return_lse=return_softmax_lse,
-        )
+        results: Tensor | tuple[Tensor, Tensor] = heedful.attention(q, keys, values, **options)
     return results
 
 
@@ -203,8 +211,36 @@ def _rotated(
     return torch.cat([both.to(x.dtype), x[..., size:]], -1)
 
 
+def _check_new(name: str, cache: Tensor, x: Tensor, batch: int, new: int) -> None:
+    expected = (batch, new, *cache.shape[2:])
+    if x.shape != expected or x.dtype != cache.dtype:
+        raise ValueError(
+            f"{name} must fit its cache, {expected} of {cache.dtype}. "
+            f"Got {tuple(x.shape)} of {x.dtype}."
+        )
+
+
+def _check_rows(
+    cache: Tensor, lengths: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None
+) -> None:
+    """Raises ValueError for a row or a page that is none, where it can be read: −1 would be the last."""
+    name, numbers = "cache_batch_idx", cache_batch_idx
+    if block_table is not None:
+        name, numbers = "block_table", block_table
+    if numbers is None or not (is_concrete_on_cpu(numbers) and is_concrete_on_cpu(lengths)):
+        return
+    if block_table is not None and block_table.shape[:1] == lengths.shape:
+        blocks = torch.arange(block_table.shape[1])
+        numbers = block_table[blocks * cache.shape[1] < lengths[:, None]]
+    wrong = numbers[(numbers < 0) | (numbers >= len(cache))]
+    if len(wrong):
+        raise ValueError(
+            f"{name} must hold numbers from 0 to {len(cache) - 1} for what is attended to. "
+            f"Got {int(wrong[0])}."
+        )
+
+
 def _append(
-    name: str,
     cache: Tensor,
     x: Tensor,
     places: Tensor,
@@ -212,12 +248,6 @@ def _append(
     block_table: Tensor | None,
 ) -> None:
     """Writes new tokens (B, Snew, Hkv, D) to their (B, Snew) places."""
-    if x.shape[:2] != places.shape or x.shape[2:] != cache.shape[2:] or x.dtype != cache.dtype:
-        expected = (*places.shape, *cache.shape[2:])
-        raise ValueError(
-            f"{name} must fit its cache, {tuple(expected)} of {cache.dtype}. "
-            f"Got {tuple(x.shape)} of {x.dtype}."
-        )
     if block_table is not None:
         size = cache.shape[1]
         rows, places = block_table.long().gather(1, (places // size).long()), places % size
@@ -226,6 +256,18 @@ def _append(
     else:
         rows = torch.arange(len(x), device=x.device)[:, None]
     cache[rows, places.long()] = x
+
+
+def _like_rows(
+    cache: Tensor, batch: int, cache_batch_idx: Tensor | None, block_table: Tensor | None
+) -> Tensor:
+    """What has the shape, dtype and device of `_rows`, and no data of them."""
+    rows, room = min(batch, len(cache)), cache.shape[1]
+    if block_table is not None:
+        rows, room = len(block_table), block_table.shape[1] * room
+    elif cache_batch_idx is not None:
+        rows = len(cache_batch_idx)
+    return cache.new_empty(()).expand(rows, room, *cache.shape[2:])
 
 
 def _rows(
