@@ -23,7 +23,7 @@ def registry():
         heedful.unregister(name)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/judging.md"])
 @pytest.mark.usefixtures("registry")
 def test_snippets_run(name):
     found = snippets(name)

@@ -532,6 +532,20 @@ def test_register_and_unregister():
     assert "jax:fake" not in heedful.backends()
 
 
+def test_a_backend_that_is_defined_again_takes_its_place():
+    heedful.register(Fake("jax:fake", 9))
+    again = Fake("jax:fake", 10)
+    heedful.register(again)
+    assert heedful.backends()["jax:fake"] is again
+
+    class Other(Fake):
+        pass
+
+    with pytest.raises(ValueError, match="'jax:fake' is there already"):
+        heedful.register(Other("jax:fake", 11))
+    heedful.unregister("jax:fake")
+
+
 NAMED = 'a backend is named "framework:kernel", its framework one of jax, numpy, torch.'
 
 

@@ -1,22 +1,28 @@
 """Do the backends agree? Outputs, log-sum-exp and every gradient, against a float64 oracle.
 
-A kernel's author registers the kernel, and holds it to the contract in a test:
+A kernel's author says what his function calls things, and holds it to the contract in a test:
 
-    import heedful
     from heedful_crosscheck import crosscheck
 
-    def test_my_kernel():
-        heedful.register(MyKernel())  # its name is "torch:mine"
-        report = crosscheck(["torch:mine"])
+    def test_my_attention():
+        report = crosscheck(attend, layout="bshd", causal="top_left", takes=["causal", "gqa"])
         assert report.agree, str(report)
 
-A case that it refuses is no failure; `report.refusals` lists them. On the command line the same is
+`Function` has all that can be said. A backend that is registered is judged by its name:
 
+    heedful.register(MyKernel())  # its name is "torch:mine"
+    report = crosscheck(["torch:mine"])
+
+A case that is refused is no failure; `report.refusals` lists them. On the command line the same is
+
+    heedful crosscheck my_package.kernel:attend --layout bshd --causal top_left --takes causal,gqa
     heedful crosscheck --import my_package.kernel --backend torch:mine
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import heedful
 from heedful_crosscheck.cases import (
@@ -28,6 +34,9 @@ from heedful_crosscheck.cases import (
     select,
     share_of_pairs,
 )
+from heedful_crosscheck.fitting import fitted
+from heedful_crosscheck.function import Function
+from heedful_crosscheck.function_backend import FunctionBackend, backend_of, registered
 from heedful_crosscheck.memory import Memory, estimate
 from heedful_crosscheck.report import Report
 from heedful_crosscheck.run import (
@@ -42,6 +51,7 @@ from heedful_crosscheck.run import (
 __all__ = [
     "Case",
     "Failure",
+    "Function",
     "InputError",
     "Interrupted",
     "Memory",
@@ -68,50 +78,83 @@ class Interrupted(KeyboardInterrupt):
 
 
 def crosscheck(
-    backends: Sequence[str] | None = None,
+    backends: Sequence[str | Function] | Callable[..., Any] | None = None,
     cases: Sequence[Case | str] | None = None,
     dtypes: Sequence[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     strict: bool = False,
+    **conventions: Any,
 ) -> Report:
     """Runs backends over cases and judges what comes out, as `tolerance.py` describes.
 
     Args:
-        backends: names; None for all that are installed or registered, but for those that say why they
-            are asked by name alone.
+        backends: names, and functions that are described; None for all that are installed or registered,
+            but for those that say why they are asked by name alone. Or one function, which
+            `conventions` describe.
         cases: of `load`, or names and groups of the generated cases and the packaged activations,
-            `*` and `?` allowed; None for all of those.
+            `*` and `?` allowed; None for all of those. A function gets them in its own layout, and the
+            combinations fitted to what it takes.
         dtypes: of "float64", "float32", "float16" and "bfloat16"; None for each case's own.
         seed: of the generated inputs and of all cotangents.
         progress: called with (done, total, what comes next).
         strict: whether `lossy` counts as disagreement: a backend that loses no more digits than
             kernels of the flash family must in half precision, but more than honest arithmetic does.
+        conventions: of the one function, as of `Function`.
 
     Returns:
         the report; `agree` is its verdict, and `str` of it the table.
 
     Raises:
-        ValueError: an unknown backend, case or dtype.
-        TypeError: one name where a list of names is due.
+        ValueError: an unknown backend, case or dtype; a description that cannot be.
+        TypeError: one name where a list of names is due; a function whose framework is not to be found.
         Interrupted: a KeyboardInterrupt came; it has the report so far.
     """
     for what, given in (("backends", backends), ("cases", cases), ("dtypes", dtypes)):
         if isinstance(given, str):
             raise TypeError(f"{what} must be a list of names. Got {given!r}. Pass [{given!r}].")
-    chosen = chosen_backends(backends)
-    asked = chosen_cases(cases)
     if dtypes is not None:
         _check_dtypes(dtypes)
+    names, functions = _told_apart(backends, conventions)
+    asked = chosen_cases(cases)
     unasked = {} if backends is not None else unasked_backends()
+    known = chosen_backends(names)
+    runs = [(known, asked, frozenset[str]())] if known else []
     started = time.perf_counter()
     outcomes: list[Outcome] = []
-    try:
-        collect_outcomes(chosen, asked, dtypes, seed, outcomes, progress, unasked)
-    except KeyboardInterrupt as end:
+
+    def report(complete: bool = True) -> Report:
+        declined = {backend.name: tuple(backend.of.declines) for backend in functions}
         seconds = time.perf_counter() - started
-        raise Interrupted(Report(tuple(outcomes), seed, seconds, strict, complete=False)) from end
-    return Report(tuple(outcomes), seed, time.perf_counter() - started, strict)
+        return Report(tuple(outcomes), seed, seconds, strict, complete, declined)
+
+    with ExitStack() as open_while_judged:
+        for function in functions:
+            name = open_while_judged.enter_context(registered(function))
+            runs.append(([name], fitted(function, asked, dtypes), function.declines))
+        try:
+            for of_them, own, declines in runs:
+                collect_outcomes(of_them, own, dtypes, seed, outcomes, progress, unasked, declines)
+        except KeyboardInterrupt as end:
+            raise Interrupted(report(complete=False)) from end
+        return report()
+
+
+def _told_apart(
+    backends: Sequence[str | Function] | Callable[..., Any] | None, conventions: dict[str, Any]
+) -> tuple[list[str] | None, list[FunctionBackend]]:
+    """The names, and the functions."""
+    if callable(backends):
+        return [], [backend_of(Function(backends, **conventions))]
+    if conventions:
+        raise TypeError(
+            f"{', '.join(conventions)} describe one function, and none came alone. Pass "
+            "crosscheck(function, …), or Function(function, …) in the list."
+        )
+    if backends is None or isinstance(backends, Function):
+        return (None, []) if backends is None else ([], [backend_of(backends)])
+    found = [backend_of(x) for x in backends if isinstance(x, Function)]
+    return [x for x in backends if not isinstance(x, Function)], found
 
 
 def memory_needed(

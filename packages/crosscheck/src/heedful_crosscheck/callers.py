@@ -5,6 +5,8 @@ Arrays get there and back through NumPy, not over the bridges, so that a fault o
 one of a backend. NumPy and JAX are here; torch is in `torch_caller`, which alone imports it.
 """
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import heedful
+from heedful.call.arrays import framework_of
+from heedful.dispatch.registry import in_a_line
 from heedful_crosscheck.layouts import Layout
 
 Named = dict[str, Any]  # arrays of one framework
@@ -219,3 +223,52 @@ def _pulled_back(
     pairs = zip(cotangents, results, strict=True)
     (gradients,) = pull(tuple(c.astype(x.dtype) for c, x in pairs))
     return results, gradients
+
+
+def found_framework(
+    title: str, asked: Callable[[Caller], tuple[Callable[..., Any], Sequence[Any]]]
+) -> str:
+    """Which framework's arrays a function answers with its own kind; torch's where it is imported.
+
+    Args:
+        title: of the function, for the error.
+        asked: of a caller, a function of some arrays, which returns one, and these arrays.
+
+    Raises:
+        TypeError: those of none, or of several.
+    """
+    said = {}
+    for framework in ("jax", "numpy", *(["torch"] if "torch" in sys.modules else [])):
+        try:
+            function, arrays = asked(caller_of(framework))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = _tried(framework, function, arrays)
+        except Exception as error:  # whatever a function does with what is not for it
+            said[framework] = in_a_line(error)
+        else:
+            kind = framework_of(found)
+            said[framework] = "" if kind == framework else f"answered with {type(found).__name__}"
+    answered = [framework for framework, why in said.items() if not why]
+    if len(answered) == 1:
+        return answered[0]
+    if answered:
+        raise TypeError(
+            f"{title} answers arrays of {' and '.join(answered)} alike. Pass framework= to say whose "
+            "it is."
+        )
+    reasons = "; ".join(f"{framework}: {why}" for framework, why in said.items())
+    missing = "" if "torch" in said else "; torch is not imported"
+    raise TypeError(
+        f"whose arrays {title} takes cannot be found out: {reasons}{missing}. Pass framework= to say it."
+    )
+
+
+def _tried(framework: str, function: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+    """What it answers, or would: JAX computes nothing for that."""
+    match framework:
+        case "jax":
+            return jax.eval_shape(function, *arrays)
+        case "torch":  # to a NumPy function a tensor that is differentiated is no array
+            arrays = [x.requires_grad_() if x.is_floating_point() else x for x in arrays]
+    return function(*arrays)

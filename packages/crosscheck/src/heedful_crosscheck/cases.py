@@ -109,15 +109,23 @@ class Case:
             InputError: a number is too large for the dtype.
         """
         arrays = self.make(self.random(seed))
-        rounded = {n: self._round(n, x, dtype) for n, x in arrays.items()}
-        scores = (*rounded["q"].shape[:3], rounded["k"].shape[2])
-        q, k, v = (self._as_called(rounded.pop(name)) for name in "qkv")
-        arrays = {n: self._option_as_called(n, x, scores) for n, x in rounded.items()}
-        given = {
+        scores = (*arrays["q"].shape[:3], arrays["k"].shape[2])
+        q, k, v = (self._as_called(self._round(n, arrays.pop(n), dtype)) for n in "qkv")
+        return Inputs(q, k, v, self.given(arrays, scores, dtype))
+
+    def given(
+        self, arrays: Arrays, scores: tuple[int, int, int, int], dtype: str
+    ) -> dict[str, Any]:
+        """All options as the call has them, of arrays of `make` over (B, Hq, Sq, Sk)."""
+        made = {
+            n: self._option_as_called(n, self._round(n, x, dtype), scores)
+            for n, x in arrays.items()
+        }
+        own = {
             n: self._round(n, x, dtype) if isinstance(x, np.ndarray) else x
             for n, x in self.options.items()
         }
-        return Inputs(q, k, v, {**given, **arrays})
+        return {**own, **made}
 
     def random(self, seed: int, purpose: str = "inputs") -> np.random.Generator:
         """Random numbers that depend on seed, case and purpose, not on what else is run."""

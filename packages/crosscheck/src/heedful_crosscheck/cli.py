@@ -5,8 +5,9 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -44,8 +45,19 @@ def _heedful() -> None:
     """One attention call, any array, any backend, and proof that they agree."""
 
 
+def _of_function(*names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="What the function calls things", **more)
+
+
 @app.command()
 def crosscheck(
+    function: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PACKAGE.MODULE:FUNCTION]",
+            help="An attention function, which is judged in place of the backends.",
+        ),
+    ] = None,
     backend: Backends = None,
     cases: Cases = None,
     dtype: Dtypes = None,
@@ -70,15 +82,82 @@ def crosscheck(
     ] = False,
     strict: Strict = False,
     imports: Imports = None,
+    layout: Annotated[
+        str | None, _of_function(help="Of q, k, v and out: bhsd, the default, or bshd.")
+    ] = None,
+    takes: Annotated[
+        str | None,
+        _of_function(
+            metavar="NAME[=ARGUMENT],…",
+            help="What it takes beyond q, k and v, and by which arguments: causal,scale=sm_scale,gqa.",
+        ),
+    ] = None,
+    causal: Annotated[
+        str | None,
+        _of_function(help="Where its queries stand: bottom_right, top_left or square."),
+    ] = None,
+    always_causal: Annotated[
+        bool, _of_function("--always-causal", help="It is causal without being asked.")
+    ] = False,
+    mask: Annotated[
+        str | None,
+        _of_function(
+            help="What it is: visible, the default, hidden, additive, visible_keys or hidden_keys."
+        ),
+    ] = None,
+    window: Annotated[
+        str | None, _of_function(help="What it is: pair, the default, pair_minus_one or last.")
+    ] = None,
+    lse: Annotated[
+        str | None, _of_function(help="It returns out and a log-sum-exp: natural or base2.")
+    ] = None,
+    lse_layout: Annotated[
+        str | None, _of_function(help="Of the log-sum-exp: bhs, the default, or bsh.")
+    ] = None,
+    declines: Annotated[
+        str | None, _of_function(metavar="NAME,…", help="Promises that it does not make.")
+    ] = None,
+    head_dims: Annotated[
+        str | None, _of_function(metavar="D,…", help="The only head sizes that it has.")
+    ] = None,
+    multiple_of: Annotated[
+        int | None, _of_function(min=1, help="What its lengths must be multiples of.")
+    ] = None,
+    framework: Annotated[
+        str | None, _of_function(help="jax, torch or numpy, where that cannot be found out.")
+    ] = None,
+    name: Annotated[str | None, _of_function(help="What the report calls it.")] = None,
 ) -> None:
     """Run every backend against a float64 oracle: outputs, log-sum-exp and gradients.
+
+    Or one attention function of yours, `package.module:function`, and what it calls things.
 
     Exit status: 0 all agree (lossy, which is said, included unless --strict), 1 somebody disagrees,
     2 it could not run; 130 or 143 where Ctrl-C or SIGTERM ended it, and the report is what was known.
     """
     import heedful_crosscheck as judge  # here, since JAX takes seconds to import
 
+    conventions: dict[str, Any] = {
+        "layout": layout,
+        "takes": takes and takes.split(","),
+        "causal": causal,
+        "always_causal": always_causal,
+        "mask": mask,
+        "window": window,
+        "lse": lse,
+        "lse_layout": lse_layout,
+        "declines": declines and declines.split(","),
+        "head_dims": head_dims and _integers("--head-dims", head_dims),
+        "multiple_of": multiple_of,
+        "framework": framework,
+        "name": name,
+    }
+    conventions = {option: x for option, x in conventions.items() if x}
+    if function is None and conventions:
+        said = ", ".join(f"--{option.replace('_', '-')}" for option in conventions)
+        _stop(f"{said} describes a function, and none is named. Name it: package.module:function.")
     _import(imports or [])
+    judged = None if function is None else _function(function)
     target = json_path.resolve()  # now: a backend may leave this folder, and a link stays a link
     _check_writable(target)
     if input_file and json_path.exists() and input_file.exists() and json_path.samefile(input_file):
@@ -96,12 +175,15 @@ def crosscheck(
         ]
         if quick:
             typer.echo(f"--quick: {judge.share_of_pairs(judge.quick())}.", err=True)
-        for needed in judge.memory_needed(loaded, backend, *([dtype] if dtype else [])):
+        of_all = backend if judged is None else backend or []
+        for needed in judge.memory_needed(loaded, of_all, *([dtype] if dtype else [])):
             typer.echo(f"memory: {needed}", err=True)
         with _progress_bar() as bar:
             task = bar.add_task("", total=None)
             report = judge.crosscheck(
-                backend,
+                backend
+                if judged is None
+                else [judge.Function(judged, **conventions), *(backend or [])],
                 chosen or None,
                 dtype,
                 seed,
@@ -110,7 +192,8 @@ def crosscheck(
                 ),
                 strict,
             )
-    except ValueError as error:  # a name or a file; what a backend raises is judged instead
+    # A name, a file, a description; what a backend raises is judged instead.
+    except (TypeError, ValueError) as error:
         _stop(str(error))
     except judge.Interrupted as interrupted:
         report, ended = interrupted.report, interrupted.__cause__
@@ -126,7 +209,7 @@ def crosscheck(
         raise typer.Exit(
             128 + (signal.SIGTERM if isinstance(ended, _Terminated) else signal.SIGINT)
         )
-    raise typer.Exit(_exit_status(report, backend or []))
+    raise typer.Exit(_exit_status(report, backend or list(report.declined)))
 
 
 @app.command()
@@ -216,13 +299,34 @@ def _exit_status(report: "Report", asked_for: list[str]) -> int:
     return AGREE
 
 
-def _import(modules: list[str]) -> None:
+def _import(modules: list[str], named: str = "--import") -> None:
     sys.path.insert(0, "")  # as `python -m` has it
     for module in modules:
         try:
             importlib.import_module(module)
         except Exception as error:  # the module is the caller's, and may raise anything
-            _stop(f"--import {module}: {type(error).__name__}: {error}")
+            _stop(f"{named} {module}: {type(error).__name__}: {error}")
+
+
+def _function(path: str) -> Callable[..., Any]:
+    """What `package.module:function` names."""
+    module, colon, function = path.partition(":")
+    if not (module and colon and function):
+        _stop(f"a function is named package.module:function. Got {path!r}.")
+    _import([module], f"{path}:")
+    found: Any = sys.modules[module]
+    for part in function.split("."):
+        if not hasattr(found, part):
+            _stop(f"{module} has no {function}.")
+        found = getattr(found, part)
+    return found
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(x) for x in text.split(",")]
+    except ValueError:
+        _stop(f"{option} takes whole numbers, separated by commas. Got {text!r}.")
 
 
 def _check_writable(path: Path) -> None:

@@ -43,6 +43,7 @@ class Question:
         problem: of the inputs as NumPy arrays, LSE asked for.
         out_cotangent, lse_cotangent: NumPy, (B, Hq, Sq, Dv) and (B, Hq, Sq).
         caller: whose arrays call; None: the case's, or else the backend's own framework's.
+        declines: promises of the contract that whoever is asked does not make, of `function.PROMISES`.
     """
 
     case: Case
@@ -52,9 +53,17 @@ class Question:
     out_cotangent: np.ndarray
     lse_cotangent: np.ndarray
     caller: Caller | None = None
+    declines: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, case: Case, seed: int, dtype: str, caller: Caller | None = None) -> "Question":
+    def of(
+        cls,
+        case: Case,
+        seed: int,
+        dtype: str,
+        caller: Caller | None = None,
+        declines: frozenset[str] = frozenset(),
+    ) -> "Question":
         """The question that a case asks in a dtype.
 
         Raises:
@@ -66,7 +75,9 @@ class Question:
         rows = (problem.batch, problem.q_heads, problem.q_length)
         out_cotangent = random.standard_normal((*rows, problem.value_dim)).astype(dtype)
         lse_cotangent = random.standard_normal(rows).astype(problem.accumulator)
-        return cls(case, dtype, inputs, problem, out_cotangent, lse_cotangent, caller)
+        if "lse_gradient" in declines:
+            lse_cotangent = np.zeros_like(lse_cotangent)
+        return cls(case, dtype, inputs, problem, out_cotangent, lse_cotangent, caller, declines)
 
     @property
     def calls_from(self) -> str | None:
@@ -155,6 +166,15 @@ class Question:
                         "inputs down."
                     )
 
+    @property
+    def unpromised(self) -> str | None:
+        """Why whoever declines what he declines is not asked this; None where he is."""
+        if "strides" in self.declines and self.case.memory != "packed":
+            return f"declines strides: arrays that are {self.case.memory}"
+        if "empty_rows" in self.declines and self.hidden["out"].any():
+            return "declines empty_rows: a query sees no key"
+        return None
+
     # What plays no part
 
     @cached_property
@@ -199,10 +219,10 @@ class Question:
     def poisoned(self) -> Inputs | None:
         """The inputs with inf and NaN in the q that see nothing, and in the K and V that nobody sees.
 
-        None where all see and are seen.
+        None where all see and are seen, or where that is no promise.
         """
         _, seeing, seen = self._reached
-        if seeing.all() and seen.all():
+        if (seeing.all() and seen.all()) or "hidden_nan" in self.declines:
             return None
 
         def poison(x: np.ndarray, used: np.ndarray) -> np.ndarray:

@@ -6,8 +6,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import heedful
+from heedful_crosscheck.function import PROMISES
 from heedful_crosscheck.run import Failure, Outcome
 
 WIDTH = 130  # of the table where it is not printed to a terminal
@@ -112,6 +113,7 @@ class Report:
         seconds: that it took.
         strict: whether `lossy` counts as disagreement.
         complete: whether it came to its end.
+        declined: of each function that is no backend, which promises it declined.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -119,6 +121,7 @@ class Report:
     seconds: float
     strict: bool = False
     complete: bool = True
+    declined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def agree(self) -> bool:
@@ -201,6 +204,7 @@ class Report:
         yield _table(self)
         for backend, kernels in self.kernels.items():
             yield Text(f"{backend}: computed by {' and by '.join(kernels)}")
+        yield from _declined_lines(self)
         if self.refusals:
             yield _refusal_table(self)
         yield from _failure_lines(self)
@@ -221,6 +225,7 @@ class Report:
             "complete": self.complete,
             "backends": self.verdicts,
             "kernels": self.kernels,
+            "declined": {name: list(promises) for name, promises in self.declined.items()},
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
             "environment": environment(),
@@ -363,6 +368,15 @@ def _failure_lines(report: Report) -> Iterable[Text]:
                 )
     for ceiling in report.ceilings:
         yield Text.assemble(("! ", "yellow"), str(ceiling))
+
+
+def _declined_lines(report: Report) -> Iterable[Text]:
+    for name, promises in report.declined.items():
+        for promise in promises:
+            yield Text(f"{name}: declines {promise}: {PROMISES[promise]}")
+        if report.verdicts.get(name) == "disagree" and len(promises) < len(PROMISES):
+            others = ", ".join(promise for promise in PROMISES if promise not in promises)
+            yield Text(f"{name}: what it does not promise it may decline by name: {others}")
 
 
 def _verdict_line(report: Report) -> Text:

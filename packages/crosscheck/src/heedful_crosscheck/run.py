@@ -118,6 +118,7 @@ def collect_outcomes(
     outcomes: list[Outcome],
     progress: Progress | None = None,
     left_out: Mapping[str, str] = MappingProxyType({}),
+    declines: frozenset[str] = frozenset(),
 ) -> None:
     """Every backend on every case in every dtype; whatever a backend raises stops nothing.
 
@@ -129,6 +130,7 @@ def collect_outcomes(
         outcomes: where they are put, one after the other: what is known when the run is ended.
         progress: called with (done, total, what comes next).
         left_out: which of the backends are not asked, and why.
+        declines: promises that these backends do not make, of `function.PROMISES`.
     """
     callers = {framework(name) for name in backends} | {case.caller for case in cases}
     if "torch" in callers and find_spec("torch"):
@@ -156,10 +158,13 @@ def collect_outcomes(
                 to_ask = [name for name in of_it if name not in left_out]
                 outcomes += [Outcome(n, *facts, (left_out[n],)) for n in of_it if n in left_out]
                 try:
-                    question = Question.of(case, seed, dtype)
+                    question = Question.of(case, seed, dtype, declines=declines)
                     question.check_range()
+                    refusal = question.unpromised
                 except InputError as error:
-                    said = (str(error),)
+                    refusal = str(error)
+                if refusal:
+                    said = (refusal,)
                     asked.append([pool.submit(Outcome, name, *facts, said) for name in to_ask])
                 else:
                     asked.append([pool.submit(settings.outcome, name, question) for name in to_ask])
@@ -248,7 +253,8 @@ def outcome(name: str, question: Question) -> Outcome:
                 if asked is not question:
                     faults = [(t, f"{said}; without a cotangent of LSE") for t, said in faults]
             faults += _unrepeated(name, question, with_lse, answer)
-            if case.second and "gradients" not in lacking and not faults:
+            promised = "second_derivatives" not in question.declines
+            if case.second and promised and "gradients" not in lacking and not faults:
                 second, reasons = _second_derivatives(name, question, with_lse)
                 faults += [(t, fault) for t, found in second.items() for fault in found.faults]
                 judgements |= second
