@@ -25,7 +25,8 @@ def registry():
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/judging.md"])
 @pytest.mark.usefixtures("registry")
-def test_snippets_run(name):
+def test_snippets_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for those that write a file
     found = snippets(name)
     assert len(found) >= 2
     scope = {"__name__": "snippet"}

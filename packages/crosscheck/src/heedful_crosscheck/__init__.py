@@ -27,13 +27,13 @@ from typing import Any
 import heedful
 from heedful_crosscheck.cases import (
     Case,
-    InputError,
     everything,
     load,
     quick,
     select,
     share_of_pairs,
 )
+from heedful_crosscheck.files import InputError, save
 from heedful_crosscheck.fitting import fitted
 from heedful_crosscheck.function import Function
 from heedful_crosscheck.function_backend import FunctionBackend, backend_of, registered
@@ -61,6 +61,7 @@ __all__ = [
     "load",
     "memory_needed",
     "quick",
+    "save",
     "share_of_pairs",
 ]
 

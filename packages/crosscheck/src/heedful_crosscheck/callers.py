@@ -133,6 +133,22 @@ def caller_of(framework: str) -> Caller:
     return TorchCaller()
 
 
+def as_numpy(x: Any) -> np.ndarray:
+    """The numbers of an array of any framework, wherever it lies.
+
+    Raises:
+        TypeError: it is no array.
+    """
+    match framework_of(x):
+        case "torch":
+            from heedful_crosscheck.torch_caller import numbers_of
+
+            return numbers_of(x)
+        case "jax" | "numpy":
+            return np.asarray(x)
+    raise TypeError(f"an array of JAX, NumPy or torch is due. Got {type(x).__name__}.")
+
+
 @dataclass(frozen=True)
 class NumpyCaller:
     """NumPy, which differentiates nothing."""

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
-from heedful.call import Call  # by way of JAX, also teaches NumPy the name "bfloat16"
-from heedful_crosscheck import combinations
+from heedful_crosscheck import combinations, files
 from heedful_crosscheck.factors import AXES, FACTORS, OPTIONS, Row
+from heedful_crosscheck.files import InputError
 from heedful_crosscheck.recipes import USUAL as MANY_KEYS
 from heedful_crosscheck.recipes import (
     ArrayOption,
@@ -37,10 +36,6 @@ from heedful_crosscheck.recipes import (
     mask_with_empty_rows,
     normal,
 )
-
-
-class InputError(ValueError):
-    """A case cannot be made: an unknown name, an unreadable file, numbers that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +76,7 @@ class Case:
         memory: how arrays of two axes and more lie in memory, a name of `layouts.LAYOUTS`; "expanded":
             mask and bias are full, by axes of stride 0.
         row: of the table of combinations, where the case is one.
+        cotangents: "out" (B, Hq, Sq, Dv) and "lse" (B, Hq, Sq), float64; those left out are drawn.
     """
 
     name: str
@@ -96,6 +92,7 @@ class Case:
     caller: str | None = None
     memory: str = "packed"
     row: Row | None = None
+    cotangents: Arrays = field(default_factory=dict)
 
     @property
     def description(self) -> str:
@@ -127,6 +124,14 @@ class Case:
         }
         return {**own, **made}
 
+    def cotangent(self, of: str, drawn: np.ndarray, dtype: str) -> np.ndarray:
+        """That of "out" or "lse" in a dtype: its own, or else the one that was drawn.
+
+        Raises:
+            InputError: a number is too large for the dtype.
+        """
+        return self._round(f"{of}_cotangent", self.cotangents.get(of, drawn), dtype)
+
     def random(self, seed: int, purpose: str = "inputs") -> np.random.Generator:
         """Random numbers that depend on seed, case and purpose, not on what else is run."""
         return np.random.default_rng([seed, zlib.crc32(f"{self.name}/{purpose}".encode())])
@@ -134,7 +139,7 @@ class Case:
     def _round(self, name: str, x: np.ndarray, dtype: str) -> np.ndarray:
         if x.dtype.kind != "f":
             return x
-        option = name not in "qkv"
+        option = name not in "qkv" and not name.endswith("_cotangent")
         if option and self.wide_bias and dtype != "float64":
             dtype = "float32"
         with np.errstate(over="ignore"):  # said below, in words
@@ -408,59 +413,20 @@ def _matches(pattern: str, case: Case) -> bool:
 
 
 def load(path: str | Path, group: str = "input") -> tuple[Case, ...]:
-    """The cases of a safetensors file.
-
-    A case is the tensors `<case>.q`, `<case>.k`, `<case>.v`, floating, (B, H, S, D), and, where there
-    is one, `<case>.mask`, boolean, True = visible, (B, Sk) or broadcastable to (B, Hq, Sq, Sk). A file
-    of a single case may call them q, k, v and mask.
+    """The cases of a safetensors file, as `files` describes it and `save` writes it.
 
     Raises:
         InputError: the file cannot be read, or what is in it is no such case.
     """
-    found: dict[str, Arrays] = {}
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118  # it is no mapping
-                case, _, part = name.rpartition(".")
-                dtype = file.get_slice(name).get_dtype()
-                _check_tensor(path, name, part, dtype)
-                array = file.get_tensor(name)
-                widened = array if part == "mask" else array.astype(np.float64)
-                found.setdefault(case or Path(path).stem, {})[part] = widened
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}") from error
-    if not found:
-        raise InputError(f"{path} holds no tensors.")
-    return tuple(_loaded_case(path, name, group, arrays) for name, arrays in found.items())
-
-
-def _check_tensor(path: str | Path, name: str, part: str, dtype: str) -> None:
-    if part not in ("q", "k", "v", "mask"):
-        raise InputError(
-            f"{path}: tensors are named <case>.q, <case>.k, <case>.v and <case>.mask, or q, k, v "
-            f"and mask. Got {name!r}."
+    return tuple(
+        Case(
+            name=name,
+            group=group,
+            make=Given(saved.arrays),
+            options={n: x for n, x in saved.options.items() if n != "return_lse"},
+            wide_bias=saved.wide,
+            return_lse=saved.options.get("return_lse", True),
+            cotangents=saved.cotangents,
         )
-    if dtype not in (("BOOL",) if part == "mask" else ("F64", "F32", "F16", "BF16")):
-        raise InputError(
-            f"{path}: q, k and v are floating, mask is boolean. Got {name} of {dtype}."
-        )
-
-
-def _loaded_case(path: str | Path, name: str, group: str, arrays: Arrays) -> Case:
-    if lacking := [part for part in "qkv" if part not in arrays]:
-        raise InputError(f"{path}: case {name} lacks {', '.join(lacking)}. A case is q, k and v.")
-    for part in "qkv":
-        if arrays[part].ndim != 4:
-            raise InputError(
-                f"{path}: {part} of case {name} must be (B, H, S, D). Got {arrays[part].shape}."
-            )
-        if not np.isfinite(arrays[part]).all():
-            raise InputError(
-                f"{path}: {part} of case {name} must be finite, hidden rows too. Put zeros there: the "
-                "crosscheck itself fills K and V that nobody sees with NaN."
-            )
-    try:
-        Call.of(arrays["q"], arrays["k"], arrays["v"], mask=arrays.get("mask"))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: case {name}: {error}") from error
-    return Case(name=name, group=group, make=Given(arrays))
+        for name, saved in files.read(path).items()
+    )

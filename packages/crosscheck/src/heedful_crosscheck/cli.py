@@ -66,8 +66,8 @@ def crosscheck(
         typer.Option(
             "--input",
             metavar="FILE.safetensors",
-            help="Your own <case>.q, .k, .v (B, H, S, D) and .mask, in place of the cases here; "
-            "beside them where --cases is given too.",
+            help="Your own <case>.q, .k, .v, options and cotangents, of heedful_crosscheck.save, in "
+            "place of the cases here; beside them where --cases is given too.",
         ),
     ] = None,
     json_path: Annotated[

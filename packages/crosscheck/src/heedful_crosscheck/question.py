@@ -14,8 +14,9 @@ import numpy as np
 from heedful import Operands, Problem, oracle
 from heedful.call import Call
 from heedful_crosscheck.callers import Caller
-from heedful_crosscheck.cases import Case, InputError, Inputs
+from heedful_crosscheck.cases import Case, Inputs
 from heedful_crosscheck.factors import AXES
+from heedful_crosscheck.files import InputError
 from heedful_crosscheck.tolerance import Standard
 from heedful_crosscheck.yardstick import Arithmetic, Tensors, attend, best, lossy
 
@@ -73,8 +74,9 @@ class Question:
         problem = Call.of(inputs.q, inputs.k, inputs.v, **inputs.options, return_lse=True).problem
         random = case.random(seed, "cotangents")
         rows = (problem.batch, problem.q_heads, problem.q_length)
-        out_cotangent = random.standard_normal((*rows, problem.value_dim)).astype(dtype)
-        lse_cotangent = random.standard_normal(rows).astype(problem.accumulator)
+        drawn = random.standard_normal((*rows, problem.value_dim))
+        out_cotangent = case.cotangent("out", drawn, dtype)
+        lse_cotangent = case.cotangent("lse", random.standard_normal(rows), problem.accumulator)
         if "lse_gradient" in declines:
             lse_cotangent = np.zeros_like(lse_cotangent)
         return cls(case, dtype, inputs, problem, out_cotangent, lse_cotangent, caller, declines)

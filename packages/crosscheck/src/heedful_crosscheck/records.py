@@ -19,7 +19,8 @@ import safetensors.numpy
 
 from heedful.dispatch.registry import in_a_line
 from heedful_crosscheck.ask import Refused, about, ask, float64_where_asked
-from heedful_crosscheck.cases import Case, InputError, Inputs, everything
+from heedful_crosscheck.cases import Case, Inputs, everything
+from heedful_crosscheck.files import InputError
 from heedful_crosscheck.question import Question
 from heedful_crosscheck.run import Outcome, concluded, dtypes_of, judge_by
 from heedful_crosscheck.tolerance import Standard

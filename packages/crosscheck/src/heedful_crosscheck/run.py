@@ -30,7 +30,8 @@ from heedful_crosscheck.ask import (
     framework,
 )
 from heedful_crosscheck.callers import caller_of
-from heedful_crosscheck.cases import Case, InputError
+from heedful_crosscheck.cases import Case
+from heedful_crosscheck.files import InputError
 from heedful_crosscheck.question import Question
 from heedful_crosscheck.second import directions, is_refusal, judge_second, right
 from heedful_crosscheck.tolerance import Judgement, Standard

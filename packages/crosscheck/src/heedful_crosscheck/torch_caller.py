@@ -10,6 +10,14 @@ from heedful_crosscheck.callers import Attend, Named, Results, of_kind
 from heedful_crosscheck.layouts import Layout
 
 
+def numbers_of(x: torch.Tensor) -> np.ndarray:
+    """A tensor's numbers, wherever it lies."""
+    x = x.detach().cpu().contiguous()
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.uint16).numpy().view("bfloat16")
+    return x.numpy()
+
+
 @dataclass(frozen=True)
 class TorchCaller:
     """Torch and its autograd.
@@ -39,13 +47,9 @@ class TorchCaller:
         return (tensor if bits is x else tensor.view(torch.bfloat16)).to(self.device)
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
-        x = of_kind(torch.Tensor, x).detach()
-        if x.device.type != self.device:
+        if of_kind(torch.Tensor, x).device.type != self.device:
             raise TypeError(f"the call was made on {self.device}, and answered on {x.device}")
-        x = x.cpu().contiguous()
-        if x.dtype == torch.bfloat16:
-            return x.view(torch.uint16).numpy().view("bfloat16")
-        return x.numpy()
+        return numbers_of(x)
 
     def pull_back(
         self,

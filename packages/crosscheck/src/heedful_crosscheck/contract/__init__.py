@@ -32,10 +32,11 @@ from hypothesis import strategies as st
 import heedful
 from heedful_crosscheck.ask import Asked, float64_where_asked, framework, why_left_out
 from heedful_crosscheck.callers import QUICKLY, Caller, Identity, JaxCaller, caller_of
-from heedful_crosscheck.cases import Case, InputError, of_row
+from heedful_crosscheck.cases import Case, of_row
 from heedful_crosscheck.combinations import description, is_possible
 from heedful_crosscheck.contract.cases import CASES, EVERYTHING, FORMS, case
 from heedful_crosscheck.factors import FACTORS, OPTIONS, Row
+from heedful_crosscheck.files import InputError
 from heedful_crosscheck.question import Question
 from heedful_crosscheck.run import COPIED, outcome
 
