@@ -67,6 +67,8 @@ def _canonical(
     alibi_slopes=None,
     dropout_rate=0.0,
     dropout_seed=0,
+    score_mod=None,
+    mask_mod=None,
 ):
     batch, q_heads, q_length, head_dim = q.shape
     _, kv_heads, kv_length, value_dim = v.shape
@@ -105,6 +107,7 @@ def _canonical(
             & mask[b, h, i]
             & (True if q_segment_ids is None else q_segment_ids[b, i] == kv_segment_ids[b])
             & (bias[b, h, i] > -np.inf)
+            & (True if mask_mod is None else np.array([bool(mask_mod(b, h, i, n)) for n in j]))
         )
 
     out, lse = np.zeros((*q.shape[:3], value_dim)), np.full(q.shape[:3], -np.inf)
@@ -126,7 +129,8 @@ def _canonical(
         raw = scale * k[b, g, keys] @ q[b, h, i]
         capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
         away = np.abs(i + q_offset[b] - keys)
-        s = capped + bias[b, h, i, keys] - slopes[b, h] * away
+        modified, bend = _modified(score_mod, capped, b, h, i, keys)
+        s = modified + bias[b, h, i, keys] - slopes[b, h] * away
         # The sink is one more logit, whose value is 0.
         logits = np.append(s, sink)
         exponentials = np.exp(logits - logits.max())
@@ -141,7 +145,7 @@ def _canonical(
         # With v_j as dropout spares it, out_i = Σ p_j v_j and lse_i = log Σ exp s_j give
         # ds_j = p_j (do·v_j − do·out_i + dlse).
         ds = p * (spared * (v[b, g, keys] @ do) - out[b, h, i] @ do + dlse)
-        draw = ds if softcap is None else ds * (1 - (capped / softcap) ** 2)
+        draw = ds * bend if softcap is None else ds * bend * (1 - (capped / softcap) ** 2)
         dq[b, h, i] = scale * draw @ k[b, g, keys]
         dk[b, g, keys] += scale * np.outer(draw, q[b, h, i])
         dv[b, g, keys] += np.outer(spared * p, do)
@@ -161,6 +165,16 @@ def without_idle_offset(options):
     positional = options.get("causal") or (options.get("window") or (None, None)) != (None, None)
     positional = positional or options.get("alibi_slopes") is not None
     return {name: x for name, x in options.items() if positional or name != "q_offset"}
+
+
+def _modified(score_mod, scores, b, h, i, keys):
+    """The function of each score, and its derivative: the imaginary part, a tiny step aside."""
+    if score_mod is None:
+        return scores, 1.0
+    place = np.int32(b), np.int32(h), np.int32(i)
+    each = zip(scores + 1e-30j, keys.astype(np.int32), strict=True)
+    found = np.array([score_mod(s, *place, j) for s, j in each])
+    return found.real, found.imag / 1e-30
 
 
 def _spared_by_dropout(rate, seed, b, h, i, keys):

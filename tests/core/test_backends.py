@@ -170,6 +170,7 @@ class TestOracleFromJax(Contract, examples=3):
     backend = "numpy:oracle"
     caller = JaxCaller(QUICKLY)
     cases = ONE_OF_EACH_GROUP
+    accepts = EVERYTHING - {"functions"}
 
 
 class TestFlashFromNumpy(Contract, examples=3):

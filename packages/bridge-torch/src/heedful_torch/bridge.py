@@ -49,6 +49,11 @@ class TorchBridge:
         caller, platform = problem.framework, problem.platform
         if platform == "meta":  # nothing lies there: the shapes of the answer are all that crosses
             return []
+        if problem.functions and "torch" in (caller, framework):
+            return [
+                f"{' and '.join(problem.functions)} of a call from {caller} do not speak {framework}: "
+                "functions do not cross between frameworks"
+            ]
         if "numpy" in (caller, framework):
             if platform == "cpu":
                 return []

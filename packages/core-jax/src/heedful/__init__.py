@@ -10,6 +10,7 @@ from heedful.api import (
     flash_attention,
     plain_attention,
 )
+from heedful.block_mask import block_mask
 from heedful.cache import Decoded, decode
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
@@ -29,6 +30,7 @@ __all__ = [
     "Refusal",
     "attention",
     "backends",
+    "block_mask",
     "causal_flash_attention",
     "cosine_sim_flash_attention",
     "decode",

@@ -1,6 +1,6 @@
 """The public functions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Never
 
 import jax
@@ -10,6 +10,7 @@ from heedful import dispatch, torch_compile
 from heedful.call import Call
 from heedful.call.arrays import Array, as_int32, dtype_of, framework_of
 from heedful.call.checks import check_integers, framework_of_all, is_integral
+from heedful.call.functions import BlockMask
 from heedful.call.options import check_dropout_rate
 from heedful.dispatch import Explanation, ambient
 from heedful.explicit_mesh import spread_like_its_arrays
@@ -35,6 +36,8 @@ def attention(
     kv_segment_ids: Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | BlockMask | None = None,
     sinks: Array | None = None,
     dropout_rate: float | None = None,
     dropout_seed: int | Array | None = None,
@@ -69,7 +72,12 @@ def attention(
             as of several sequences that are packed into one row.
         kv_segment_ids: (B, Sk) integers, of which segment each key is.
         scale: factor of the scores, D^-½ by default.
-        softcap: c of c·tanh(s/c), applied before bias.
+        softcap: c of c·tanh(s/c), applied before score_mod and bias.
+        score_mod: (score, b, h, q_idx, kv_idx) → score, of numbers, as in FlexAttention: written in JAX
+            beside JAX and NumPy arrays, in torch beside tensors. Floating arrays that it closes over
+            have gradients. The same text compiles once.
+        mask_mod: (b, h, q_idx, kv_idx) → boolean, True = visible, likewise; or a `heedful.block_mask` of
+            it, made beforehand, by which what is hidden costs no time.
         sinks: (Hq,), a logit for each query head that takes weight and gives nothing, as in gpt-oss;
             differentiable.
         dropout_rate: probability with which each softmax weight is dropped; the others are multiplied by
@@ -100,6 +108,8 @@ def attention(
         "kv_segment_ids": kv_segment_ids,
         "scale": scale,
         "softcap": softcap,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
         "sinks": sinks,
         "dropout_rate": dropout_rate,
         "dropout_seed": dropout_seed,

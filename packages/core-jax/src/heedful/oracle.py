@@ -19,6 +19,7 @@ import numpy as np
 from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
+from heedful.pairs import Pairs
 
 FEATURES = frozenset(
     {
@@ -37,6 +38,8 @@ FEATURES = frozenset(
         "alibi_slopes",
         "dropout_rate",
         "dropout_seed",
+        "score_mod",
+        "mask_mod",
         "return_lse",
         "grouped_heads",
         "value_dim",
@@ -62,7 +65,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[np.ndarray, np.ndarra
     queries = (problem.batch, problem.q_heads, problem.q_length)
     out, lse = np.zeros((*queries, problem.value_dim)), np.zeros(queries)
     for part in parts(problem, operands, np.float64):
-        weights, lse[part.queries], _, _ = _softmax(problem, part)
+        weights, lse[part.queries], *_ = _softmax(problem, part)
         out[part.queries] = _sum_over_seen(weights * part.kept, part.seen, part.v)
     return out, lse
 
@@ -86,7 +89,7 @@ def gradients(
     found = Operands(**{name: np.zeros(x.shape) for name, x in operands.differentiable.items()})
 
     for part in parts(problem, operands, np.float64):
-        weights, _, slope, of_sink = _softmax(problem, part)
+        weights, _, slope, of_sink, capped = _softmax(problem, part)
         left = weights * part.kept
         found.v[part.keys] += _sum_over_seen(left.T, part.seen.T, dout[part.queries])
         dweights = np.where(part.seen, dout[part.queries] @ part.v.T * part.kept, 0)
@@ -95,6 +98,10 @@ def gradients(
             mean = (weights * dweights).sum(axis=1)
             found.sinks[0, part.queries[1]] += (of_sink * (dlse[part.queries] - mean)).sum()
         pull_back_added(part, dscores, found.given)
+        if found.floats is not None:
+            found.floats[...] += part.pairs.pulled_back(
+                problem.score_mod, part.seen, capped, dscores
+            )
         dproduct = np.where(part.seen, problem.scale * slope * dscores, 0)
         found.q[part.queries] = _sum_over_seen(dproduct, part.seen, part.k)
         found.k[part.keys] += _sum_over_seen(dproduct.T, part.seen.T, part.q)
@@ -116,14 +123,18 @@ def _sum_over_seen(weights: np.ndarray, seen: np.ndarray, x: np.ndarray) -> np.n
 
 def _softmax(
     problem: Problem, part: "Part"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The weights p_ij, lse_i, the slope of the softcap at each score, and the weight of the sink."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The weights p_ij, lse_i, ∂s_ij / ∂(scale q_i k_j), the weight of the sink, and capped scores."""
     scores = problem.scale * (part.q @ part.k.T)
     slope = np.ones_like(scores)
     if problem.softcap is not None:
         # Kernels take the slope as 1 − tanh², of which rounding leaves little where tanh is near 1.
         slope = 1 / np.cosh(np.clip(scores / problem.softcap, -300, 300)) ** 2
         scores = problem.softcap * np.tanh(scores / problem.softcap)
+    capped = scores
+    if problem.score_mod is not None:
+        scores, bend = part.pairs.modified(problem.score_mod, part.seen, capped)
+        slope = slope * bend
     if part.bias is not None:
         scores = _add_bias(scores, part.bias, problem.accumulator)
     if part.slope:
@@ -139,7 +150,7 @@ def _softmax(
     empty = total == 0
     weights = np.where(part.seen, exponentials / np.where(empty, 1, total), 0)
     lse = np.where(empty, -np.inf, highest + np.log(np.where(empty, 1, total)))
-    return weights, lse[:, 0], slope, (of_sink / np.where(empty, 1, total))[:, 0]
+    return weights, lse[:, 0], slope, (of_sink / np.where(empty, 1, total))[:, 0], capped
 
 
 def _add_bias(scores: np.ndarray, bias: np.ndarray, accumulator: str) -> np.ndarray:
@@ -184,6 +195,7 @@ class Part(NamedTuple):
         sink: the head's, −inf where there is none.
         kept: what weights are multiplied by, 0 where they are dropped; (rows, Sk), or 1 without dropout.
         seen: (rows, Sk), boolean.
+        pairs: for the caller's functions.
     """
 
     queries: tuple[int, int, slice]
@@ -199,6 +211,7 @@ class Part(NamedTuple):
     sink: Any
     kept: Any
     seen: np.ndarray
+    pairs: Pairs
 
     @property
     def added(self) -> Operands:
@@ -240,6 +253,7 @@ def parts(problem: Problem, operands: Operands, dtype: np.typing.DTypeLike) -> I
                 sink,
                 keeps(problem, operands, queries, np.dtype(dtype).type),
                 sees(problem, operands, queries),
+                Pairs.of(operands, queries, matrix),
             )
 
 
@@ -269,6 +283,8 @@ def sees(problem: Problem, operands: Operands, queries: tuple[int, int, slice]) 
         seen &= np.equal.outer(of_queries, of_keys)
     if operands.mask is not None:
         seen &= np.asarray(operands.mask)[_broadcast_index(operands.mask, queries)]
+    if problem.mask_mod is not None:
+        seen = seen & Pairs.of(operands, queries, seen.shape).shown(problem.mask_mod)
     return seen
 
 

@@ -17,7 +17,7 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.dropout import kept, thinned
 from heedful.rules.place import Place
-from heedful.rules.scores import added, capped, distance
+from heedful.rules.scores import added, capped, distance, modified
 from heedful.rules.softmax import beyond_the_keys, log_sum_exp
 from heedful.rules.visibility import of_key_heads, visible
 
@@ -43,7 +43,8 @@ def plain(problem: Problem, operands: Operands) -> tuple[jax.Array, jax.Array]:
 
     q = q.reshape(*grouped, problem.q_length, problem.head_dim)
     scores = problem.scale * _einsum("bhgid,bhjd->bhgij", q, k).reshape(scores_shape)
-    scores = added(operands, distance(problem, operands, place), capped(problem, scores)[0])
+    scores = modified(problem, operands, place, seen, capped(problem, scores)[0])
+    scores = added(operands, distance(problem, operands, place), scores)
     if seen is not None:
         scores = jnp.where(seen, scores, -jnp.inf)
 

@@ -6,9 +6,11 @@ one.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from heedful.call.arrays import cast_like
 
 Arrays = dict[str, np.ndarray]
 Maker = Callable[[np.random.Generator], Arrays]
@@ -103,6 +105,20 @@ class Given:
 
     def __call__(self, random: np.random.Generator) -> Arrays:
         return dict(self.arrays)
+
+
+# Options that are functions, which JAX, torch and NumPy read alike
+
+
+def bent(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    """Scores that level off, less for keys that are far away, differently for each row and head."""
+    away = cast_like((h + b + 1) * abs(q_idx - kv_idx), score)
+    return score / (1 + score * score / 64) ** 0.5 - 0.02 * away
+
+
+def striped(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    """Two keys of three, others for each query, head and batch row."""
+    return (q_idx + kv_idx + h + b) % 3 != 1
 
 
 # Options over the scores: the named axes of "bhqk" are full, the others 1

@@ -239,7 +239,10 @@ def _product(scaled: Scaled, problem: Problem, q: np.ndarray, k: np.ndarray) -> 
 def _scores(
     product: np.ndarray, problem: Problem, part: Part
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The scores, −inf where nothing is seen, and the slope of the softcap at each; (rows, Sk)."""
+    """The scores, −inf where nothing is seen, and their slope by the product; (rows, Sk)."""
     scores, slope = capped(problem, product)
+    if problem.score_mod is not None:
+        scores, bend = part.pairs.modified(problem.score_mod, part.seen, scores)
+        slope = bend if slope is None else slope * bend
     scores = added(part.added, part.distance, scores)
     return np.where(part.seen, scores, -np.inf), slope

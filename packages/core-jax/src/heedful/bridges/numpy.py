@@ -35,6 +35,11 @@ class NumpyBridge:
                 f"the arrays lie on a {problem.platform} and NumPy's in host memory: "
                 "nothing here moves silently between devices",
             )
+        if framework == "numpy" and problem.functions:
+            return (
+                f"{' and '.join(problem.functions)} would be asked in a callback, which may not wait "
+                "for JAX",
+            )
         if framework == "jax" and _cpu() is None:
             return ("JAX has no CPU device here: the platforms it was told to use leave cpu out",)
         return ()

@@ -26,7 +26,8 @@ class Call(NamedTuple):
     Attributes:
         form: of the caller's arrays.
         problem: what is asked.
-        arrays: q, k, v and the options that are arrays, by name, as they came.
+        arrays: q, k, v and the options that are arrays, by name, as they came; of options that are
+            functions a tuple of what they close over.
     """
 
     form: Form
@@ -50,9 +51,10 @@ class Call(NamedTuple):
         framework = checks.framework_of_all(arrays)
         dtype = checks.dtype_of_all(q, k, v)
         form, sizes = checks.form_and_sizes(q, k, v, given.get("layout", "bhsd"))
-        fields = options.read(options.Known(form, dtype, given, sizes))
+        known = options.Known(form, framework, dtype, given, sizes, {})
+        fields = options.read(known)
         problem = Problem(framework=framework, platform=platform_of(q), dtype=dtype, **fields)
-        return cls(form, problem, arrays)
+        return cls(form, problem, {**arrays, **known.closed_over})
 
     @property
     def operands(self) -> Operands:

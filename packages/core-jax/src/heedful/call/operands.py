@@ -28,6 +28,10 @@ class Operands(NamedTuple):
         sinks: floating, (1, Hq, 1, 1).
         alibi_slopes: floating, (B or 1, Hq, 1, 1).
         dropout_seed: int32, (B,) or (1,); only where the problem holds no number.
+        floats, words: (1 or B, 1, ·), what the problem's functions close over (see `call.functions`):
+            of the accumulator's dtype, and int32.
+        blocks: int8, (1 or B, 1 or Hq, ·, ·), of each block of `block_size` queries and keys whether
+            `mask_mod` hides all of it (0), some (1) or nothing (2).
     """
 
     q: Array
@@ -43,6 +47,9 @@ class Operands(NamedTuple):
     sinks: Array | None = None
     alibi_slopes: Array | None = None
     dropout_seed: Array | None = None
+    floats: Array | None = None
+    words: Array | None = None
+    blocks: Array | None = None
 
     @property
     def given(self) -> dict[str, Array]:
@@ -57,9 +64,10 @@ class Operands(NamedTuple):
     @property
     def over_scores(self) -> dict[str, Array]:
         """Those of them that broadcast beside the scores, by name."""
-        return {n: x for n, x in self.given.items() if n not in "qkv" and len(x.shape) == 4}
+        beside = ("q", "k", "v", "blocks")
+        return {n: x for n, x in self.given.items() if n not in beside and len(x.shape) == 4}
 
     @property
     def added(self) -> dict[str, Array]:
-        """Those over the scores that have gradients, by name."""
-        return {n: x for n, x in self.over_scores.items() if n in DIFFERENTIABLE}
+        """Those beside q, k and v that have gradients, by name."""
+        return {n: x for n, x in self.differentiable.items() if n not in "qkv"}

@@ -24,6 +24,7 @@ from heedful.call.checks import (
     shown,
 )
 from heedful.call.form import Form
+from heedful.call.functions import BlockMask, Program, packed, traced
 
 if TYPE_CHECKING:
     from heedful.call.problem import Problem
@@ -36,15 +37,18 @@ class Known(NamedTuple):
 
     Attributes:
         form: of the caller's arrays.
-        dtype: of q, k and v.
+        framework, dtype: of q, k and v.
         given: all options that the caller passed.
         fields: the attributes of the problem that have been read so far, sizes among them.
+        closed_over: arrays that functions among the options close over, by option.
     """
 
     form: Form
+    framework: str
     dtype: str
     given: Mapping[str, Any]
     fields: dict[str, Any]
+    closed_over: dict[str, tuple[Array, ...]]
 
     @property
     def accumulator(self) -> str:
@@ -387,6 +391,49 @@ def default_scale(head_dim: int) -> float:
     return head_dim**-0.5
 
 
+def _read_score_mod(function: Any, known: Known) -> dict[str, Any]:
+    return (
+        {} if function is None else _read_function("score_mod", function, known, known.accumulator)
+    )
+
+
+def _read_mask_mod(function: Any, known: Known) -> dict[str, Any]:
+    if function is None:
+        return {}
+    read = _read_function("mask_mod", function, known, None)
+    if isinstance(function, BlockMask):
+        _check_blocks(function, known)
+        known.closed_over["blocks"] = (function.blocks,)
+        read["block_size"] = function.size
+    return read
+
+
+def _read_function(name: str, function: Any, known: Known, of_score: str | None) -> dict[str, Any]:
+    if known.framework == "torch":
+        if not callable(function):
+            raise TypeError(f"{name} must be a function of torch tensors. Got {shown(function)}.")
+        return {name: function}
+    before = [
+        slot
+        for program in known.fields.values()
+        if isinstance(program, Program)
+        for slot in program.slots
+    ]
+    program, closed = traced(name, function, of_score, known.framework, before)
+    known.closed_over[name] = closed
+    return {name: program}
+
+
+def _check_blocks(mask: BlockMask, known: Known) -> None:
+    batch, heads, *lengths = known.scores
+    if mask.lengths != tuple(lengths) or not broadcasts(mask.blocks.shape[:2], (batch, heads)):
+        made = (*mask.blocks.shape[:2], *mask.lengths)
+        raise ValueError(
+            f"a block mask must be made for the call's (B or 1, Hq or 1, Sq, Sk) = {known.scores}. "
+            f"Got one for {made}. Make one for these sizes by heedful.block_mask."
+        )
+
+
 def _read_softcap(softcap: Any, known: Known) -> dict[str, Any]:
     """A softcap c such that in the accumulator s/c does not overflow, and c·tanh(s/c) is s at most.
 
@@ -530,6 +577,19 @@ OPTIONS = (  # in the order in which they are read
         },
     ),
     Option(
+        "mask_mod",
+        default=None,
+        read=_read_mask_mod,
+        asked=lambda problem: problem.mask_mod is not None,
+        elsewhere={"block_mask": "mask_mod=, a function or what heedful.block_mask makes of one"},
+    ),
+    Option(
+        "score_mod",
+        default=None,
+        read=_read_score_mod,
+        asked=lambda problem: problem.score_mod is not None,
+    ),
+    Option(
         "bias",
         default=None,
         read=_read_bias,
@@ -665,7 +725,10 @@ OPTIONS = (  # in the order in which they are read
 )
 
 # What has gradients: of each call, those that are there.
-DIFFERENTIABLE = ("q", "k", "v", *(option.name for option in OPTIONS if option.differentiable))
+DIFFERENTIABLE = (
+    *("q", "k", "v", "floats"),
+    *(option.name for option in OPTIONS if option.differentiable),
+)
 
 # What may be a number in place of an array.
 NUMBERS = tuple(option.name for option in OPTIONS if option.number)
@@ -706,9 +769,16 @@ def read(known: Known) -> dict[str, Any]:
 
 
 def canonical(arrays: Mapping[str, Array], form: Form, problem: "Problem") -> dict[str, Array]:
-    """Those of the arrays that are options, in canonical form."""
-    return {
+    """Those of the arrays that are options, or that these close over, in canonical form."""
+    found = {
         option.name: option.operand(arrays[option.name], form, problem)
         for option in OPTIONS
         if option.operand is not None and option.name in arrays
     }
+    functions = {name: x for name, x in problem.functions.items() if name in arrays}
+    closed_over = [x for name in functions for x in arrays[name]]
+    found |= packed(tuple(functions.values()), closed_over, problem.framework)
+    if "blocks" in arrays:
+        (blocks,) = arrays["blocks"]
+        found["blocks"] = np.asarray(blocks) if problem.framework == "numpy" else blocks
+    return found

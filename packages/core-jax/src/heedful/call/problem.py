@@ -22,7 +22,8 @@ class Problem:
 
         s_ij  = scale · q_i · k_j                    scale defaults to D^-½
         s_ij  = softcap · tanh(s_ij / softcap)       where softcap is given
-        s_ij  = s_ij + bias_ij                       after softcap
+        s_ij  = score_mod(s_ij, b, h, i, j)          after softcap
+        s_ij  = s_ij + bias_ij                       after that
         s_ij  = s_ij − alibi_slopes_h · |p_i − j|    (ALiBi, Press et al. 2022, about any position)
         p_ij  = exp(s_ij − lse_i)                    over the keys j that query i sees
         out_i = Σ_j p_ij v_j                         with dropout: Σ_j p_ij d_ij v_j
@@ -42,6 +43,13 @@ class Problem:
         kv_segment_ids
         mask                       True; broadcastable to (B, Hq, Sq, Sk), or, beside q of rank 4,
                                    (B, Sk) for keys alone
+        mask_mod                   mask_mod(b, h, i, j) is True
+
+    Functions: score_mod and mask_mod are called once, with numbers that stand for the score and for the
+    places of batch row, query head, query and key, counted from 0, and are then part of what is
+    computed, as FlexAttention has them. JAX and NumPy callers write them in JAX, torch's in torch. They
+    may close over arrays; of those that score_mod closes over, floating ones have gradients. What is
+    hidden is not asked of score_mod.
 
     Leading axes: q of rank 5 and more has several batch axes, and B is their product. Mask, bias,
     lengths and q_offset broadcast over each of them by itself: beside q (B, N, H, S, D) a mask may be
@@ -64,7 +72,8 @@ class Problem:
     and of q_offset and dropout_seed, numbers or arrays, never compile anew. A new scale, softcap, window
     or dropout_rate does:
     they are constants of a model rather than values of a call, the first two are folded into each
-    tile's arithmetic, and the window says which tiles there are. (On a GPU, a JAX call of a torch
+    tile's arithmetic, and the window says which tiles there are. So does another text of score_mod or
+    mask_mod; new values of what they close over do not. (On a GPU, a JAX call of a torch
     backend compiles anew for a new number q_offset too: torch would have to wait for the value.)
 
     Attributes:
@@ -73,6 +82,8 @@ class Problem:
         dtype: of q, k, v and out.
         batch, q_heads, kv_heads, q_length, kv_length, head_dim, value_dim: B, Hq, Hkv, Sq, Sk, D, Dv.
         scale, softcap: of the scores.
+        score_mod, mask_mod: `heedful.call.functions.Program`, or functions of torch's.
+        block_size: of the blocks of which is known beforehand what mask_mod hides.
         causal: whether j ≤ p_i is asked; which alignment is q_offset's business.
         window: (left, right), or None.
         q_offset: the offset where it is one number known beforehand; None where it comes from the
@@ -99,6 +110,9 @@ class Problem:
     value_dim: int
     scale: float
     softcap: float | None = None
+    score_mod: Any = None
+    mask_mod: Any = None
+    block_size: int | None = None
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     q_offset: int | None = 0
@@ -136,6 +150,12 @@ class Problem:
     def positional(self) -> bool:
         """Whether the place of a query matters at all: causal, a window or ALiBi."""
         return self.alibi_shape is not None or self.band != (None, None)
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The options that are functions, by name."""
+        given = {"mask_mod": self.mask_mod, "score_mod": self.score_mod}
+        return {name: x for name, x in given.items() if x is not None}
 
     @property
     def accumulator(self) -> str:

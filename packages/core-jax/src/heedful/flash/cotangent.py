@@ -16,9 +16,11 @@ from heedful.flash.scores import (
     Numbered,
     Tile,
     add_cut,
+    beside_product,
     clean,
     gather,
     keys_of,
+    of_seen,
     queries_of,
     query_key,
     scores,
@@ -46,7 +48,6 @@ from heedful.flash.tiles import (
     visit,
 )
 from heedful.rules.dropout import thinned
-from heedful.rules.scores import added
 
 
 def cotangent(
@@ -189,18 +190,18 @@ def _of_tile(
     seen = seen_keys(problem, tiles, tile.see)
     seen_turned = None if seen is None else seen.swapaxes(1, 2)
     k, v = clean(k, seen), clean(v, seen)
-    s, slope, _ = scores(problem, tiles, tile, q, k)
+    s, slope, _, capped = scores(problem, tiles, tile, q, k)
     p = jnp.exp(s - m) * inverse  # line 13
     left = thinned(problem, tile.kept, p)  # lines 14 and 15
     dv = clean(gather(left, do_turned), seen_turned)  # line 16
     dp = thinned(problem, tile.kept, query_key(do, v))  # lines 17 and 18
     ds = p * (dp - delta)  # lines 19 and 20
-    parts = _of_added(problem, tiles, tile, ds, wanted)
+    parts = _of_added(problem, tiles, tile, capped, ds, wanted)
     if slope is not None:
         ds = ds * slope
     dq = weigh(ds, k)  # line 21
     dk = clean(gather(ds, q_turned), seen_turned)  # line 22
-    return dq, dk, dv, parts
+    return of_seen(problem, tile, (dq, dk, dv, parts))
 
 
 def _gradients(
@@ -219,7 +220,12 @@ def _gradients(
 
 
 def _of_added(
-    problem: Problem, tiles: Tiles, tile: Tile, ds: Array, wanted: Iterable[str]
+    problem: Problem,
+    tiles: Tiles,
+    tile: Tile,
+    capped: Array,
+    ds: Array,
+    wanted: Iterable[str],
 ) -> dict[str, Array]:
     """What the cotangent of a tile of scores makes of that of each operand which is added to them."""
     at = wide({name: getattr(tile.operands, name) for name in wanted}, problem)
@@ -228,8 +234,7 @@ def _of_added(
     seen_ds = clean(unfold_queries(problem, tiles, ds), tile.see)
 
     def sum_of(operands: dict[str, Array]) -> Array:
-        at = tile.operands._replace(**operands)
-        return added(at, tile.distance, jnp.zeros_like(seen_ds))
+        return beside_product(problem, tile, tile.operands._replace(**operands), capped)
 
     _, pull_back = jax.vjp(sum_of, at)
     (found,) = pull_back(seen_ds)

@@ -8,7 +8,7 @@ batch of matrices.
 
 import os
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from heedful.call.problem import Problem
 from heedful.flash.tiles import Tiles, count_up, cut, start
 from heedful.rules.dropout import kept
 from heedful.rules.place import Place
-from heedful.rules.scores import added, capped, distance
+from heedful.rules.scores import added, capped, distance, modified
 from heedful.rules.visibility import of_key_heads, visible
 
 
@@ -66,13 +66,20 @@ def unfold_keys(tiles: Tiles, x: Array) -> Array:
 
 
 def cut_scores(problem: Problem, tiles: Tiles, x: Array, i: Array, j: Array) -> Array:
-    """Tile (i, j) of something shaped like the scores, each axis full or 1."""
+    """Tile (i, j) of something shaped like the scores, each axis full or 1.
+
+    What functions close over, of rank 3, is all of it.
+    """
+    if x.ndim == 3:
+        return x
     x = cut(x, 2, start(i, problem.q_length, tiles.queries), tiles.queries)
     return cut(x, 3, start(j, problem.kv_length, tiles.keys), tiles.keys)
 
 
 def add_cut(problem: Problem, tiles: Tiles, total: Array, part: Array, i: Array, j: Array) -> Array:
     """Adds what `cut_scores` would cut out; `start` at 0 along an axis of 1."""
+    if total.ndim == 3:
+        return total + part
     zero = jnp.zeros_like(i)
     row = zero if total.shape[2] == 1 else start(i, problem.q_length, tiles.queries)
     column = zero if total.shape[3] == 1 else start(j, problem.kv_length, tiles.keys)
@@ -199,14 +206,16 @@ class Scores(NamedTuple):
     """A tile of scores, (n, queries, keys).
 
     Attributes:
-        scores: scaled, capped, biased, −inf where nothing is seen.
-        slope: the derivative of the capped score by the uncapped one; None without softcap.
+        scores: scaled, capped, modified, biased, −inf where nothing is seen.
+        slope: the derivative of the score by the scaled product; None where that is 1.
         highest: the largest score of each query, (n, queries).
+        capped: the scores before score_mod and bias, (b, h·g, queries, keys).
     """
 
     scores: Array
     slope: Array | None
     highest: Array
+    capped: Array
 
 
 def scores(problem: Problem, tiles: Tiles, tile: Tile, q: Array, k: Array) -> Scores:
@@ -223,7 +232,13 @@ def scores(problem: Problem, tiles: Tiles, tile: Tile, q: Array, k: Array) -> Sc
         product = query_key(q, k)  # to scale a bfloat16 q would round it
         s = product * problem.scale
     s, slope = capped(problem, s)
-    s = added(tile.operands, tile.distance, unfold_queries(problem, tiles, s))
+    before = s = unfold_queries(problem, tiles, s)
+    if problem.score_mod is not None:
+        modify = partial(modified, problem, tile.operands, tile.place, tile.see)
+        s, bend = jax.jvp(modify, (s,), (jnp.ones_like(s),))
+        bend = bend.reshape(product.shape)
+        slope = bend if slope is None else slope * bend
+    s = added(tile.operands, tile.distance, s)
     if tile.see is not None:
         s = jnp.where(tile.see, s, -jnp.inf)
     s = s.reshape(product.shape)
@@ -233,7 +248,21 @@ def scores(problem: Problem, tiles: Tiles, tile: Tile, q: Array, k: Array) -> Sc
         highest = product.max(axis=-1) * (1 if widened else problem.scale)
     else:
         highest = s.max(axis=-1)
-    return Scores(s, slope, highest)
+    return Scores(s, slope, highest, before)
+
+
+def beside_product(problem: Problem, tile: Tile, operands: Operands, capped: Array) -> Array:
+    """A tile of scores, as made of its capped ones: what the operands beside q and k make of them."""
+    s = modified(problem, operands, tile.place, tile.see, capped)
+    return added(operands, tile.distance, s)
+
+
+def of_seen(problem: Problem, tile: Tile, parts: Any) -> Any:
+    """What a tile adds to sums: nothing, where there was no place to ask score_mod (see `modified`)."""
+    if problem.score_mod is None or tile.see is None:
+        return parts
+    seen = tile.see.any()
+    return jax.tree.map(lambda x: jnp.where(seen, x, 0), parts)
 
 
 def clean(x: Array, seen: Array | None) -> Array:

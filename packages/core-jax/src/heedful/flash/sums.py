@@ -29,6 +29,7 @@ from heedful.flash.scores import (
     add_cut,
     cut_scores,
     keys_of,
+    of_seen,
     queries_of,
     tile_at,
     unfold_keys,
@@ -47,15 +48,17 @@ from heedful.flash.tiles import (
     visit,
 )
 
-Along = Literal["queries", "keys", "scores"]
+Along = Literal["queries", "keys", "scores", "nothing"]
 
 
 class Sum(NamedTuple):
     """What is summed into, whatever the sizes of the problem.
 
     Attributes:
-        along: the queries, (B, Hq, Sq, ...), the keys, (B, Hkv, Sk, ...), or over the scores.
-        rest: the sizes that follow; over the scores, which of the four axes are full and not 1.
+        along: the queries, (B, Hq, Sq, ...), the keys, (B, Hkv, Sk, ...), over the scores, or nothing:
+            what functions close over, (B or 1, 1, ·).
+        rest: the sizes that follow; over the scores, which of the four axes are full and not 1; along
+            nothing, whether the first is, and the size of the last.
         dtype: of the result; it is summed in the accumulator's.
     """
 
@@ -66,13 +69,20 @@ class Sum(NamedTuple):
     @classmethod
     def of(cls, along: Along, x: Any) -> "Sum":
         """What is summed into an array like this one."""
-        rest = tuple(n != 1 for n in x.shape) if along == "scores" else x.shape[3:]
+        rest = x.shape[3:]
+        if along == "scores":
+            rest = tuple(n != 1 for n in x.shape)
+        if along == "nothing":
+            rest = x.shape[0] != 1, x.shape[2]
         return cls(along, rest, str(x.dtype))
 
     def shape(self, problem: Problem) -> tuple[int, ...]:
         """Of the result."""
         if self.along == "keys":
             return problem.batch, problem.kv_heads, problem.kv_length, *self.rest
+        if self.along == "nothing":
+            each, size = self.rest
+            return problem.batch if each else 1, 1, size
         of_queries = problem.batch, problem.q_heads, problem.q_length
         if self.along == "queries":
             return *of_queries, *self.rest
@@ -129,11 +139,12 @@ def _of_moving(
 
 
 def lying(
-    queries: Iterable[Array], keys: Iterable[Array], scores: Iterable[Array]
+    queries: Iterable[Array], keys: Iterable[Array], added: Iterable[Array]
 ) -> list[tuple[Along, Array]]:
     """Arrays, and how each of them lies."""
-    of: dict[Along, Iterable[Array]] = {"queries": queries, "keys": keys, "scores": scores}
-    return [(along, x) for along, arrays in of.items() for x in arrays]
+    of: dict[Along, Iterable[Array]] = {"queries": queries, "keys": keys}
+    found = [(along, x) for along, arrays in of.items() for x in arrays]
+    return found + [("scores" if x.ndim == 4 else "nothing", x) for x in added]
 
 
 def sum_over_tiles(
@@ -187,7 +198,7 @@ def _sum_over_tiles(
                 tile = tile_at(problem, tiles, given, i, j, masked)
                 at = problem, tiles, i, j
                 cuts = [_cut(along, x, *at) for along, x in zip(read, arrays, strict=True)]
-                parts = function(problem, tiles, tile, *cuts)
+                parts = of_seen(problem, tile, tuple(function(problem, tiles, tile, *cuts)))
                 each = zip(into, totals, parts, strict=True)
                 return [_add(s.along, total, part, *at) for s, total, part in each]
 
@@ -205,7 +216,7 @@ def _sum_over_tiles(
 
 def _cut(along: Along, x: Array, problem: Problem, tiles: Tiles, i: Array, j: Array) -> Array:
     """What tile (i, j) has of an array."""
-    if along == "scores":
+    if along in ("scores", "nothing"):
         return cut_scores(problem, tiles, x, i, j).astype(problem.accumulator)
     of, index = (queries_of, i) if along == "queries" else (keys_of, j)
     return widen(problem, of(problem, tiles, x, index))
@@ -216,7 +227,7 @@ def _add(
 ) -> Array:
     """Adds what tile (i, j) gives."""
     part = part.astype(total.dtype)
-    if along == "scores":
+    if along in ("scores", "nothing"):
         return add_cut(problem, tiles, total, part, i, j)
     if along == "queries":
         part, begin = (
@@ -302,9 +313,10 @@ def _vmap(
     """The new axis is folded into the batch."""
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
     # What broadcasts may be shared by all of the new axis; a sum that broadcasts could not.
-    shared = all(s.along != "scores" for s in into)
-    whole = [False] * tree.num_leaves + [along != "scores" or not shared for along in read]
-    each = [s._replace(rest=(True, *s.rest[1:])) if s.along == "scores" else s for s in into]
+    broadcasts = ("scores", "nothing")
+    shared = all(s.along not in broadcasts for s in into)
+    whole = [False] * tree.num_leaves + [along not in broadcasts or not shared for along in read]
+    each = [s._replace(rest=(True, *s.rest[1:])) if s.along in broadcasts else s for s in into]
     results = sum_p.bind(
         *(fold(x, a, size, problem.batch, w) for x, a, w in zip(args, axes, whole, strict=True)),
         problem=replace(problem, batch=size * problem.batch),
@@ -315,7 +327,7 @@ def _vmap(
     )
     results = [x.reshape(size, problem.batch, *x.shape[1:]) for x in results]
     for n, s in enumerate(into):
-        if s.along == "scores" and not s.rest[0]:
+        if s.along in broadcasts and not s.rest[0]:
             results[n] = results[n].sum(axis=1, keepdims=True)
     return results, [0] * len(results)
 

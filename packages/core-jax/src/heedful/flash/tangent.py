@@ -24,9 +24,11 @@ from heedful.flash.forward import Kept
 from heedful.flash.scores import (
     Numbered,
     Tile,
+    beside_product,
     clean,
     cut_scores,
     keys_of,
+    of_seen,
     queries_of,
     query_key,
     scores,
@@ -50,7 +52,6 @@ from heedful.flash.tiles import (
     visit,
 )
 from heedful.rules.dropout import thinned
-from heedful.rules.scores import added
 
 
 def tangent(
@@ -85,8 +86,8 @@ def tangent(
                     widen(problem, keys_of(problem, tiles, x, j))
                     for x in (operands.k, operands.v, tangents.k, tangents.v)
                 )
-                over_scores = tangents.over_scores.items()
-                along = {n: cut_scores(problem, tiles, x, i, j) for n, x in over_scores}
+                of_added = tangents.added.items()
+                along = {n: cut_scores(problem, tiles, x, i, j) for n, x in of_added}
                 out_part, l_part = _of_tile(problem, tiles, tile, along, q, q_dot, m, *of_keys)
                 return out_sum + out_part, l_dot + l_part
 
@@ -113,7 +114,7 @@ def tangent_as_sums(
     """The same as a sum over tiles, which has derivatives of every order."""
     out, m, l = kept
     operands, alive = given.operands, (l != 0)[..., None]
-    added, along = operands.added, tangents.over_scores
+    added, along = operands.added, tangents.added
     of_queries = clean(operands.q, alive), clean(tangents.q, alive), m
     of_keys = operands.k, operands.v, tangents.k, tangents.v
     read = lying(of_queries, of_keys, [*added.values(), *along.values()])
@@ -155,18 +156,18 @@ def _of_tile(
     """What a tile adds to Σ e (s' v + v') and to l'. `along`: of what is added to the scores."""
     seen = seen_keys(problem, tiles, tile.see)
     k, v, k_dot, v_dot = (clean(x, seen) for x in (k, v, k_dot, v_dot))
-    s, slope, _ = scores(problem, tiles, tile, q, k)
+    s, slope, _, capped = scores(problem, tiles, tile, q, k)
     e = jnp.exp(s - m[..., None])
     s_dot = (query_key(q_dot, k) + query_key(q, k_dot)) * problem.scale
     if slope is not None:
         s_dot = s_dot * slope
     if along:
-        s_dot = s_dot + _of_added(problem, tiles, tile, s.shape, along)
+        s_dot = s_dot + _of_added(problem, tile, capped, along).reshape(s.shape)
     # Where e is 0, the tangent of the score may be anything, infinity too.
     e_dot = e * clean(s_dot, e != 0)
     l_part = e_dot.sum(axis=-1)
     e, e_dot = (thinned(problem, tile.kept, x) for x in (e, e_dot))
-    return weigh(e_dot, v) + weigh(e, v_dot), l_part
+    return of_seen(problem, tile, (weigh(e_dot, v) + weigh(e, v_dot), l_part))
 
 
 def _of_rows(out: Array, l: Array, out_sum: Array, l_dot: Array) -> tuple[Array, Array]:
@@ -177,20 +178,12 @@ def _of_rows(out: Array, l: Array, out_sum: Array, l_dot: Array) -> tuple[Array,
     return clean(out_dot, alive[..., None]), clean(l_dot, alive)
 
 
-def _of_added(
-    problem: Problem,
-    tiles: Tiles,
-    tile: Tile,
-    shape: tuple[int, ...],
-    tangents: dict[str, Array],
-) -> Array:
-    """The tangent of what is added to a tile of scores, in their shape, along those of its operands."""
-    nothing = jnp.zeros(shape, problem.accumulator)
+def _of_added(problem: Problem, tile: Tile, capped: Array, tangents: dict[str, Array]) -> Array:
+    """The tangent of a tile of scores along those of the operands beside q and k."""
 
     def sum_of(operands: dict[str, Array]) -> Array:
-        all_of_them = tile.operands._replace(**operands)
-        return added(all_of_them, tile.distance, unfold_queries(problem, tiles, nothing))
+        return beside_product(problem, tile, tile.operands._replace(**operands), capped)
 
     at = {name: getattr(tile.operands, name) for name in tangents}
     _, found = jax.jvp(sum_of, (wide(at, problem),), (wide(tangents, problem),))
-    return found.reshape(shape)
+    return found

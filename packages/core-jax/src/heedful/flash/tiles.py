@@ -168,19 +168,27 @@ class Met(NamedTuple):
     """The tiles along one axis that a tile of the other axis meets: first ≤ clear ≤ clear_end ≤ end.
 
     Those in [clear, clear_end) are seen whole and need no mask; those outside of [first, end) not at
-    all.
+    all. With an `order` all of these are places in it, and the tiles stand there.
     """
 
     first: Any
     clear: Any
     clear_end: Any
     end: Any
+    order: Array | None = None
+
+    def tile(self, n: Array) -> Array:
+        return n if self.order is None else self.order[n]
 
 
 def keys_met(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Met:
     """The key tiles that the query tile from `begin` meets."""
     found = reach(problem, operands, begin, tiles.queries, along="keys")
-    return _met(found, problem.kv_length, tiles.keys)
+    met = _met(found, problem.kv_length, tiles.keys)
+    if operands.blocks is None:
+        return met
+    own = begin, tiles.queries
+    return _of_blocks(problem, operands.blocks, own, met, problem.kv_length, tiles.keys)
 
 
 def queries_met(problem: Problem, operands: Operands, tiles: Tiles, begin: Array) -> Met:
@@ -190,7 +198,46 @@ def queries_met(problem: Problem, operands: Operands, tiles: Tiles, begin: Array
     if problem.kv_length % tiles.keys and found.clear_high is not None:
         overlaps = begin % tiles.keys != 0
         found = found._replace(clear_high=jnp.where(overlaps, 0, found.clear_high))
-    return _met(found, problem.q_length, tiles.queries)
+    met = _met(found, problem.q_length, tiles.queries)
+    if operands.blocks is None:
+        return met
+    blocks, own = operands.blocks.swapaxes(2, 3), (begin, tiles.keys)
+    return _of_blocks(problem, blocks, own, met, problem.q_length, tiles.queries)
+
+
+def _of_blocks(
+    problem: Problem, blocks: Array, own: tuple[Array, int], met: Met, length: int, size: int
+) -> Met:
+    """Those of the tiles met in whose blocks something is seen, in order: first what needs a mask.
+
+    Args:
+        problem: what is asked, of what block size.
+        blocks: (b, h, along the tile's own axis, along the tiles met) (see `Operands`).
+        own: where the tile begins, and its size.
+        met: by all else.
+        length: of the axis of the tiles met.
+        size: of a tile there.
+    """
+    n = count(length, size)
+    begin, extent = own
+    mine = _overlaps(problem, blocks.shape[2], begin[None], extent)[0]
+    theirs = _overlaps(problem, blocks.shape[3], start(count_up(n), length, size), size)
+    some = ((blocks > 0).any((0, 1)) & mine[:, None]).any(0)[None]
+    every = ((blocks == 2).all((0, 1)) | ~mine[:, None]).all(0)[None]
+    some, every = (some & theirs).any(1), (every | ~theirs).all(1)
+    tile = count_up(n)
+    seen = some & (met.first <= tile) & (tile < met.end)
+    clear = seen & every & (met.clear <= tile) & (tile < met.clear_end)
+    rank = jnp.where(clear, 1, jnp.where(seen, 0, 2))
+    masked, all_seen = (x.sum(dtype=jnp.int32) for x in (seen & ~clear, seen))
+    return Met(0, masked, all_seen, all_seen, jnp.argsort(rank).astype(jnp.int32))
+
+
+def _overlaps(problem: Problem, n: int, begin: Array, size: int) -> Array:
+    """Which of n blocks overlap tiles of a size: (tiles, n)."""
+    assert problem.block_size is not None
+    first, begin = (count_up(n) * problem.block_size)[None], begin[:, None]
+    return (first < begin + size) & (first + problem.block_size > begin)
 
 
 def _met(found: Reach, length: int, size: int) -> Met:
@@ -228,10 +275,11 @@ def visit(
     before, after = met.clear - met.first, met.end - met.clear_end
 
     def boundary(n: Array, carry: Any) -> Any:
-        return step(jnp.where(n < before, met.first + n, met.clear_end + n - before), carry, True)
+        n = jnp.where(n < before, met.first + n, met.clear_end + n - before)
+        return step(met.tile(n), carry, True)
 
     def clear(n: Array, carry: Any) -> Any:
-        return step(n, carry, False)
+        return step(met.tile(n), carry, False)
 
     # Both boundaries in one loop: half the code to compile, and the order of tiles is free.
     for begin, end, body in ((0, before + after, boundary), (met.clear, met.clear_end, clear)):

@@ -56,8 +56,8 @@ def kept(problem: Problem, operands: Operands, place: Place) -> Array | None:
     return keeps(
         problem.dropout_rate,
         operands.dropout_seed[:, None, None, None],
-        place.batch[:, None, None, None],
-        place.heads[None, :, None, None],
+        place.b,
+        place.h,
         place.i,
         place.j,
     )

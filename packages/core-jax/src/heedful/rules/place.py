@@ -34,6 +34,16 @@ class Place(NamedTuple):
         )
 
     @property
+    def b(self) -> Array:
+        """The batch rows' numbers, (b, 1, 1, 1)."""
+        return self.batch[:, None, None, None]
+
+    @property
+    def h(self) -> Array:
+        """The query heads' numbers, (1, h, 1, 1)."""
+        return self.heads[None, :, None, None]
+
+    @property
     def i(self) -> Array:
         """The queries' numbers, (1, 1, rows, 1)."""
         return self.rows[None, None, :, None]

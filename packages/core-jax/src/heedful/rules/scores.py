@@ -1,4 +1,6 @@
-"""From scale · q kᵀ to scores: softcap, then what is added, bias and ALiBi. For JAX and NumPy.
+"""From scale · q kᵀ to scores: softcap, score_mod, then what is added, bias and ALiBi.
+
+For JAX and NumPy, but score_mod, which is JAX's.
 
 What is added is written with operators alone, for torch too.
 
@@ -7,6 +9,7 @@ lost five of seven digits. The same number as 4 e^(−2|x|) / (1 + e^(−2|x|))�
 so for every order of derivative.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +23,7 @@ from heedful.rules.place import Place
 from heedful.rules.visibility import places
 
 ADDED = frozenset({"bias", "alibi_slopes"})
-FEATURES = ADDED | {"scale", "softcap"}
+FEATURES = ADDED | {"scale", "softcap", "score_mod"}
 
 
 def capped(problem: Problem, scores: Array) -> tuple[Array, Array | None]:
@@ -32,6 +35,28 @@ def capped(problem: Problem, scores: Array) -> tuple[Array, Array | None]:
     if isinstance(scores, np.ndarray):
         return cap * np.tanh(ratio), _slope_of_tanh(ratio, np)
     return cap * tanh(ratio), slope(ratio)
+
+
+def modified(
+    problem: Problem, operands: Operands, place: Place, see: Array | None, scores: Array
+) -> Array:
+    """What score_mod makes of a tile of capped scores; in JAX.
+
+    Where nothing is seen it is not asked: it may have no finite value there, nor a finite derivative, of
+    which 0 times would be NaN. Those places stand in for one that is seen.
+    """
+    if problem.score_mod is None or 0 in scores.shape:
+        return scores
+    at: tuple[Array, ...] = (place.b, place.h, place.i, place.j)
+    if see is not None:
+        first = jnp.unravel_index(see.argmax(), see.shape)
+        at = tuple(jnp.where(see, x, _at(x, first)) for x in at)
+    return problem.score_mod(operands.floats, operands.words, scores, *at)
+
+
+def _at(x: Array, index: Sequence[Array]) -> Array:
+    """The number at a place, along axes that are full or 1."""
+    return x[tuple(0 if n == 1 else i for n, i in zip(x.shape, index, strict=True))]
 
 
 def adding(problem: Problem) -> dict[str, tuple[int, ...]]:

@@ -19,6 +19,7 @@ from heedful.rules.place import Place
 FEATURES = frozenset(
     {
         "mask",
+        "mask_mod",
         "causal",
         "window",
         "q_offset",
@@ -42,6 +43,8 @@ def hiding(problem: Problem) -> dict[str, tuple[int, ...]]:
         found["kv_lengths"] = (batch, 1, 1, kv_length)
     if problem.q_segment_ids:
         found["q_segment_ids"] = (batch, 1, q_length, kv_length)
+    if problem.mask_mod is not None:
+        found["mask_mod"] = (batch, problem.q_heads, q_length, kv_length)
     return found
 
 
@@ -98,6 +101,9 @@ def visible(problem: Problem, operands: Operands, place: Place) -> Array | None:
         conditions.append(operands.q_segment_ids == operands.kv_segment_ids)
     if operands.mask is not None:
         conditions.append(operands.mask)
+    if problem.mask_mod is not None:  # in JAX alone
+        at = place.b, place.h, place.i, place.j
+        conditions.append(problem.mask_mod(operands.floats, operands.words, *at))
     return reduce(operator.and_, conditions) if conditions else None
 
 
@@ -184,7 +190,10 @@ def reach(
         begin, end = _extent(reduce(operator.and_, met))
         low, high = jnp.maximum(low, begin), jnp.minimum(high, end)
     known = along == "keys" or not by_query
-    if not known or hiding(problem).keys() - {"q_lengths", "kv_lengths"}:
+    elsewhere = {"q_lengths", "kv_lengths"}
+    if operands.blocks is not None:
+        elsewhere.add("mask_mod")
+    if not known or hiding(problem).keys() - elsewhere:
         return Reach(low, high, clear_low, None)
     return Reach(low, high, clear_low, clear_high)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from heedful_crosscheck.cases import Case
-from heedful_crosscheck.recipes import Normal, Sizes
+from heedful_crosscheck.recipes import Normal, Sizes, bent, striped
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -210,6 +210,26 @@ CASES = [
     ),
     case("dropout", "several hundred", B=1, Sq=300, Sk=310, dropout_rate=0.1, dropout_seed=8),
     case("dropout", "in bfloat16", "bfloat16", Sq=6, Sk=8, dropout_rate=0.3, dropout_seed=4),
+    case("functions", "of scores", Hq=4, score_mod=bent),
+    case("functions", "of visibility", Hq=4, mask_mod=striped),
+    case(
+        "functions",
+        "with all that stands beside them",
+        Hq=4,
+        score_mod=bent,
+        mask_mod=striped,
+        causal=True,
+        softcap=2.0,
+        bias=normal(2, 4, 5, 7),
+        alibi_slopes=normal(4),
+        sinks=normal(4),
+        mask=hidden(2, 1, 5, 7),
+        kv_lengths=lengths(7, 4),
+        dropout_rate=0.2,
+        dropout_seed=3,
+    ),
+    case("functions", "several hundred", B=1, Sq=300, Sk=310, score_mod=bent, mask_mod=striped),
+    case("functions", "in bfloat16", "bfloat16", Sq=6, Sk=8, score_mod=bent, mask_mod=striped),
     case("segments", "packed", **segments([[0, 0, 1, 1, 2]] * 2, [[0, 0, 0, 1, 1, 2, 2]] * 2)),
     case(
         "segments", "each row its own", **segments([[0] * 5, [0, 0, 1, 1, 1]], [[0] * 7, [1] * 7])
