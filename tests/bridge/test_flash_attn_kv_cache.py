@@ -47,7 +47,7 @@ def ask(queries, new, dtype=torch.float32, table=None, batch_idx=None):
     )
 
 
-def check(arrays, meant, tolerance, rotary=None, table=None, batch_idx=None, **told):
+def check(arrays, meant, tolerance, rotary=None, table=None, batch_idx=None, leftpad=None, **told):
     """The answer, and what the caches hold afterwards."""
     q, k_cache, v_cache, *fresh = arrays
     before = [rows_of(x, table, batch_idx) for x in (k_cache, v_cache)]
@@ -58,6 +58,8 @@ def check(arrays, meant, tolerance, rotary=None, table=None, batch_idx=None, **t
         told["block_table"] = torch.tensor(table, dtype=torch.int32)
     if batch_idx is not None:
         told["cache_batch_idx"] = torch.tensor(batch_idx, dtype=torch.int32)
+    if leftpad is not None:
+        told["cache_leftpad"] = torch.tensor(leftpad, dtype=torch.int32)
     out, lse = flash_attn_with_kvcache(
         q,
         k_cache,
@@ -82,7 +84,8 @@ def check(arrays, meant, tolerance, rotary=None, table=None, batch_idx=None, **t
             wanted[length : length + new] = fresh_tokens
             np.testing.assert_allclose(after[kind][b], wanted, rtol=0, atol=tolerance)
             before[kind][b] = wanted
-        keys, values = (x[b, : length + new][None] for x in before)
+        padding = leftpad[b] if leftpad is not None else 0
+        keys, values = (x[b, padding : length + new][None] for x in before)
         right, right_lse, *_ = reference.attention(
             of_row[None],
             keys,
@@ -101,19 +104,35 @@ OPTIONS = [
     ({"rotary": False}, {}, {}),
     ({"rotary": True, "table": TABLE}, {"window_size": (4, 0)}, {"window": (4, 0)}),
     ({"table": TABLE}, {"softcap": 1.5, "softmax_scale": 0.7}, {"softcap": 1.5, "scale": 0.7}),
-    ({"batch_idx": [4, 0, 2]}, {"alibi_slopes": SLOPES, "num_splits": 1}, {"alibi_slopes": SLOPES}),
+    ({"batch_idx": [4, 0, 2]}, {"alibi_slopes": SLOPES, "num_splits": 3}, {"alibi_slopes": SLOPES}),
+    ({"leftpad": [0, 2, 11], "rotary": True}, {"causal": True}, {"causal": True}),
+    (
+        {"leftpad": [0, 1, 5], "table": TABLE},
+        {"window_size": (4, 1), "alibi_slopes": SLOPES},
+        {"window": (4, 1), "alibi_slopes": SLOPES},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("kind", "told", "meant"), OPTIONS, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 4)], ids=str)
 def test_values_are_those_of_the_reference_and_caches_are_written_to(kind, told, meant, sizes):
-    places = {name: x for name, x in kind.items() if name != "rotary"}
+    places = {name: x for name, x in kind.items() if name in ("table", "batch_idx")}
     check(ask(*sizes, **places), meant, 1e-5, **kind, **told)
 
 
 def test_half_precision():
     check(ask(2, 2, dtype=torch.bfloat16), {"causal": True}, 0.03, rotary=True, causal=True)
+
+
+def test_a_row_that_is_all_padding_holds_nothing():
+    q, k_cache, v_cache = ask(2, 0)
+    padding = torch.tensor([5, 0, 1])
+    told = {"cache_seqlens": 5, "return_softmax_lse": True, "causal": True}
+    k_cache[0, :5] = v_cache[2, 0] = torch.nan
+    out, lse = flash_attn_with_kvcache(q, k_cache, v_cache, cache_leftpad=padding, **told)
+    assert not out[0].any() and (lse[0] == -torch.inf).all()
+    assert out.isfinite().all() and lse[1:].isfinite().all()
 
 
 def test_nothing_new():
@@ -143,8 +162,13 @@ def test_nothing_new():
         ({"v": None}, ValueError, "k and v are appended together"),
         ({"k": torch.zeros(3, 1, 2, 4)}, ValueError, r"k must fit its cache, \(3, 1, 2, 8\)"),
         ({"q": torch.zeros(4, 8)}, ValueError, r"q must be \(B, S, H, D\)"),
-        ({"cache_leftpad": torch.zeros(3)}, NotImplementedError, "no cache_leftpad yet"),
-        ({"num_splits": 4}, NotImplementedError, "num_splits must be 0 or 1.*Got 4"),
+        ({"cache_leftpad": torch.zeros(3)}, ValueError, "must be int32 .*Got torch.float32"),
+        (
+            {"cache_leftpad": torch.tensor([0, 4, 1])},
+            ValueError,
+            "Got 4 for row 1, which holds 3",
+        ),
+        ({"num_splits": -1}, ValueError, "num_splits must be .* at least 0. Got -1"),
         (
             {"k": torch.zeros(3, 1, 2, 8, requires_grad=True)},
             NotImplementedError,

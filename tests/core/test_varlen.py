@@ -40,6 +40,9 @@ OPTIONS = {
     "sinks": {"sinks": np.array([0.5, -1.0, 2.0, 0.0]), "causal": True},
     "alibi": {"alibi_slopes": np.array([0.5, 0.25, -0.1, 0.0])},
     "alibi, causal": {"alibi_slopes": np.array([0.5, 0.25, -0.1, 0.0]), "causal": True},
+    "alibi of each sequence": {
+        "alibi_slopes": np.linspace(-0.2, 0.5, 4 * len(LENGTHS)).reshape(-1, 4)
+    },
 }
 
 
@@ -75,11 +78,15 @@ def expected(arguments, out_cotangent, lse_cotangent, **options):
     out, lse = np.zeros(out_cotangent.shape), np.full(lse_cotangent.shape, -np.inf)
     dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
     of_options = 0
+    each = options.pop("alibi_slopes", None)
+    of_each = each is not None and each.ndim == 2
     if "sinks" in options:  # of rows that see nothing too
         lse[:] = options["sinks"][:, None]
         of_options = lse_cotangent[:, cu_q[-1] :].sum(axis=1)
     for n in range(len(cu_q) - 1):
         i, j = (slice(cu[n], cu[n + 1]) for cu in (cu_q, cu_k))
+        if each is not None:
+            options["alibi_slopes"] = each[n] if of_each else each
         out[i], lse[:, i], dq[i], dk[j], dv[j], *found = reference.attention(
             q[i],
             k[j],
@@ -89,7 +96,8 @@ def expected(arguments, out_cotangent, lse_cotangent, **options):
             layout="bshd",
             **options,
         )
-        of_options = of_options + sum(x for x in found if x is not None)
+        found = sum(x for x in found if x is not None)
+        of_options = [*(of_options or []), found] if of_each else of_options + found
     return out, lse, dq, dk, dv, of_options
 
 
@@ -130,6 +138,23 @@ def test_sequences_of_random_lengths(options):
         parts = (rng.multinomial(n, rng.dirichlet(np.full(9, 0.4))) for n in (50, 60))
         question = ask(list(zip(*parts, strict=True)), (2, 0), seed)
         assert_close(ours(*question), expected(*question, **options))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_dropout_is_that_of_one_row():
+    """Which `reference.attention` is asked for, with a mask for what else hides keys."""
+    (q, k, v, cu_q, cu_k), *cotangents = question = ask()
+    mask = np.zeros((len(q), len(k)), bool)
+    for n in range(len(LENGTHS)):
+        for i in range(cu_q[n], cu_q[n + 1]):
+            place = i + cu_k[n + 1] - cu_q[n + 1]
+            begin = max(cu_k[n], place - 4)
+            mask[i, begin : max(begin, place + 1)] = True
+    told = {"dropout_rate": 0.3, "dropout_seed": 7}
+    ours = partial(out_lse_and_gradients, **told, causal=True, window=(4, None))
+    found = jax.jit(ours, compiler_options=dict(QUICKLY))(*question)
+    wanted = reference.attention(q, k, v, *cotangents, mask=mask, **told, layout="bshd")
+    assert_close(found[:5], wanted[:5])
 
 
 @pytest.mark.parametrize("lengths", [[], [(0, 5)], [(4, 0)], [(1, 1)]])
@@ -338,7 +363,10 @@ def test_tokens_behind_the_last_sequence_are_not_visited(seen):
         ),
         ({"q": np.zeros((1, 9, 4, 8))}, ValueError, r"must be packed: .*Got q \(1, 9, 4, 8\), k"),
         ({"k": np.zeros((9, 2, 8))}, ValueError, "k and v must have the same length"),
-        ({"alibi_slopes": np.zeros((2, 4))}, ValueError, r"alibi_slopes must .*\(Hq,\) = \(4,\)"),
+        ({"alibi_slopes": np.zeros((2, 3))}, ValueError, r"alibi_slopes must .*\(Hq,\) = \(4,\)"),
+        ({"alibi_slopes": np.zeros((3, 4))}, ValueError, r"\(sequences, Hq\), .* 2\. Got \(3, 4\)"),
+        ({"alibi_slopes": jax.numpy.zeros((2, 4))}, TypeError, "of one framework"),
+        ({"dropout_rate": 0.2}, ValueError, "dropout_rate=0.2 needs dropout_seed"),
         ({"window": (1,)}, ValueError, "window must be a pair"),
         ({"causal": 1}, ValueError, "causal must be False, True"),
     ],

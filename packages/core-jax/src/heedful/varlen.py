@@ -38,6 +38,8 @@ def flash_attention_varlen(
     softcap: float | None = None,
     sinks: Array | None = None,
     alibi_slopes: Array | None = None,
+    dropout_rate: float | None = None,
+    dropout_seed: int | Array | None = None,
 ) -> tuple[Array, Array]:
     """Attention within each of many sequences, packed one behind the other; by the JAX flash core.
 
@@ -60,8 +62,10 @@ def flash_attention_varlen(
         scale: factor of the scores, D^-½ by default.
         softcap: c of c·tanh(s/c).
         sinks: (Hq,), a logit for each query head that takes weight and gives nothing; differentiable.
-        alibi_slopes: (Hq,), of each query head the slope m of ALiBi, the same in all sequences;
-            differentiable.
+        alibi_slopes: (Hq,), of each query head the slope m of ALiBi, or (sequences, Hq), for each
+            sequence its own; differentiable.
+        dropout_rate, dropout_seed: as in `heedful.attention`, of one batch row: `heedful.dropout_mask`
+            says of b = 0, and of i and j as q and k count them, which weights are kept.
 
     Returns:
         out (total_q, Hq, Dv) and lse (Hq, total_q), float32 (float64 for float64), natural log, as
@@ -85,6 +89,8 @@ def flash_attention_varlen(
         softcap=softcap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
+        dropout_seed=dropout_seed,
     )
     backend = dispatch.choose(call.problem, "jax:flash")
 
@@ -97,7 +103,14 @@ def flash_attention_varlen(
 
 
 def packed(
-    q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, **options: Any
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    alibi_slopes: Array | None = None,
+    **options: Any,
 ) -> Call:
     """The call of one row that packed sequences are; `OFFSETS` among its arrays where they matter."""
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
@@ -113,16 +126,25 @@ def packed(
     else:
         sequences = shape_of(cu_seqlens_q)
         rows = _rows_in_jax(*totals, top_left, sequences, cu_seqlens_q, cu_seqlens_k)
-    call = Call.of(q, k, v, layout="bshd", return_lse=True, **options, **rows.options)
+    of_sequences = None
+    if len(getattr(alibi_slopes, "shape", ())) == 2:
+        of_sequences = _slopes_of_sequences(q, alibi_slopes, cu_seqlens_q)
+        alibi_slopes = of_sequences[0]
+    options |= {"layout": "bshd", "return_lse": True, "alibi_slopes": alibi_slopes}
+    call = Call.of(q, k, v, **options, **rows.options)
     if not call.problem.positional:
         return call
     # What would place all queries alike gives way to each one's own.
     problem = replace(call.problem, q_offset=None)
-    return call._replace(problem=problem, arrays={**call.arrays, OFFSETS: rows.offsets})
+    arrays = {**call.arrays, OFFSETS: rows.offsets}
+    if of_sequences is not None:
+        problem = replace(problem, alibi_shape=(1, problem.q_heads, problem.q_length, 1))
+        arrays["alibi_slopes"] = of_sequences[rows.options["q_segment_ids"]].T
+    return call._replace(problem=problem, arrays=arrays)
 
 
 def operands_of(call: Call) -> Operands:
-    """The arrays of a packed call, as backends see them."""
+    """The arrays of a packed call, as `jax:flash` and `jax:plain` see them."""
     operands = call.operands
     if (offsets := call.arrays.get(OFFSETS)) is None:
         return operands
@@ -163,6 +185,19 @@ def _rows(
         "kv_lengths": cu_kv[-1:],
     }
     return Rows(options, shifts[q_sequences])
+
+
+def _slopes_of_sequences(q: Array, slopes: Array, cu_q: Array) -> Array:
+    """ALiBi's of each sequence, and a row more for tokens of none, (sequences + 1, Hq)."""
+    framework_of_all({"q": q, "alibi_slopes": slopes})
+    (sequences, heads), expected = shape_of(slopes), shape_of(cu_q)[0] - 1
+    if sequences != expected:
+        raise ValueError(
+            "alibi_slopes of two axes must be (sequences, Hq), as many rows as cu_seqlens_q names "
+            f"sequences, {expected}. Got {(sequences, heads)}. Of all alike they are (Hq,)."
+        )
+    numpy: Any = np if isinstance(q, np.ndarray) else jnp
+    return numpy.concatenate([slopes, numpy.zeros((1, heads), slopes.dtype)])
 
 
 @compiled(static=4)

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from heedful_torch.function import has_no_data
+
 OPEN = -1  # a side of a window
 
 Results = Tensor | tuple[Tensor, Tensor, None]
+Window = Sequence[int] | Tensor  # (left, right)
 
 
 def check_rank(name: str, x: Tensor, axes: str) -> None:
@@ -31,8 +34,10 @@ def unpacked(name: str, x: Tensor, parts: int, tokens: str = "B, S") -> tuple[Te
     return x.unbind(axis)
 
 
-def window(window_size: Sequence[int]) -> tuple[int | None, int | None] | None:
+def window(window_size: Window) -> tuple[int | None, int | None] | None:
     """An open side is −1 there, and None here."""
+    if isinstance(window_size, Tensor):  # flash-attn's own tests draw it
+        window_size = window_size.tolist()
     if not (isinstance(window_size, Sequence) and len(window_size) == 2):
         raise ValueError(
             f"window_size must be a pair (left, right). Got {window_size!r}. "
@@ -64,3 +69,17 @@ def slopes(alibi_slopes: Tensor | None, q: Tensor) -> Tensor | None:
 def capped_at(softcap: float) -> float | None:
     """None where it is not positive, which there is none."""
     return None if softcap <= 0 else softcap
+
+
+def check_dropout_p(dropout_p: float) -> None:
+    """Raises ValueError for what is no probability below 1."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(
+            f"dropout_p must lie between 0 and 1, without 1. Got {dropout_p}. "
+            "It is the probability that a weight is dropped, not that it is kept."
+        )
+
+
+def drawn_seed(q: Tensor) -> int:
+    """Dropout's, from torch's default generator of CPU; without data nothing is drawn."""
+    return 0 if has_no_data(q) else int(torch.randint(2**31 - 1, (), device="cpu"))

@@ -4,10 +4,8 @@ Which backend computes is said from outside, by `heedful.use_backend` or HEEDFUL
 flash-attn's says it. No argument is ignored: what no backend can do is refused.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import heedful
@@ -16,13 +14,16 @@ from heedful.call import Call
 from heedful_torch.flash_attn.arguments import (
     OPEN,
     Results,
+    Window,
     capped_at,
+    check_dropout_p,
     check_rank,
+    drawn_seed,
     slopes,
     unpacked,
     window,
 )
-from heedful_torch.function import has_no_data, outside_compilation
+from heedful_torch.function import outside_compilation
 
 
 def flash_attn_func(
@@ -32,7 +33,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (OPEN, OPEN),
+    window_size: Window = (OPEN, OPEN),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -53,7 +54,8 @@ def flash_attn_func(
             so does `torch.utils.checkpoint`. torch.compile breaks its graph to draw it.
         softmax_scale: factor of the scores, D^-½ by default.
         causal: whether a query sees no key beyond p_i.
-        window_size: (left, right), how many keys each side of p_i it sees; −1 is an open side.
+        window_size: (left, right), how many keys each side of p_i it sees, a pair or a tensor of two; −1
+            is an open side.
         softcap: c of c·tanh(s/c); none where it is not positive.
         alibi_slopes: float32, (Hq,) or (B, Hq): slope · |p_i − j| is taken off the scores.
         deterministic: whether a backend is refused that does not claim that its gradients are the same,
@@ -73,11 +75,7 @@ def flash_attn_func(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(name, x, "(B, S, H, D)")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(
-            f"dropout_p must lie between 0 and 1, without 1. Got {dropout_p}. "
-            "It is the probability that a weight is dropped, not that it is kept."
-        )
+    check_dropout_p(dropout_p)
     options: dict[str, Any] = {
         "causal": causal,
         "window": window(window_size),
@@ -104,7 +102,7 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (OPEN, OPEN),
+    window_size: Window = (OPEN, OPEN),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -135,7 +133,7 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (OPEN, OPEN),
+    window_size: Window = (OPEN, OPEN),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -178,5 +176,4 @@ def _refuse_what_is_not_deterministic(
 # A compiled draw would be another one, and a graph is compiled anew for each number in it.
 @outside_compilation
 def _with_dropout(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
-    seed = 0 if has_no_data(q) else int(torch.randint(2**31 - 1, (), device="cpu"))
-    return heedful.attention(q, k, v, **options, dropout_seed=seed)
+    return heedful.attention(q, k, v, **options, dropout_seed=drawn_seed(q))

@@ -1,6 +1,5 @@
 """flash-attn's function of a cache: what is new is written in place, then `heedful.attention` called."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,15 @@ import heedful
 from heedful import dispatch
 from heedful.call import Call
 from heedful.call.arrays import is_concrete_on_cpu
-from heedful_torch.flash_attn.arguments import OPEN, capped_at, check_rank, slopes, window
+from heedful_torch.flash_attn.arguments import (
+    OPEN,
+    Window,
+    capped_at,
+    check_rank,
+    slopes,
+    window,
+)
+from heedful_torch.flash_attn.rows import append, check_rows, check_table, like_rows, rows
 
 
 def flash_attn_with_kvcache(
@@ -27,7 +34,7 @@ def flash_attn_with_kvcache(
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (OPEN, OPEN),
+    window_size: Window = (OPEN, OPEN),
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
@@ -53,19 +60,21 @@ def flash_attn_with_kvcache(
         cache_seqlens: how many tokens each row holds without the new ones, an int or (B,); by default,
             and only without k and v, all of the room.
         cache_batch_idx: (B,), which row of the caches each row of q is; not with a block table.
-        cache_leftpad: None; padding on the left is not honoured yet.
+        cache_leftpad: (B,), how many of each row's tokens are padding, in front, which nobody sees. They
+            are counted in cache_seqlens and keep their places. With a block table too, which flash-attn
+            refuses.
         block_table: (B, blocks), the pages that hold a row's tokens, in order.
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
         rotary_interleaved: whether numbers 2n and 2n + 1 are rotated together, or n and n + R / 2.
-        num_splits: 0, or 1: among how many processors flash-attn divides the keys of a row; no backend
-            here is told to divide them.
+        num_splits: into how many parts flash-attn divides a row's keys for its processors, 0 to let it
+            choose. The answer is the same; here it is checked, and no backend is told.
         return_softmax_lse: whether to return the log-sum-exp too.
 
     Returns:
         out (B, Sq, Hq, D), or (out, softmax_lse), (B, Hq, Sq), float32, −inf where a row holds nothing.
 
     Raises:
-        NotImplementedError: gradients, `cache_leftpad` or more splits are asked for.
+        NotImplementedError: gradients are asked for.
         TypeError, ValueError: an argument is none of those above; says what came and how to mend it.
         Refusal: no backend that was asked can honour the call; says every reason.
     """
@@ -73,23 +82,33 @@ def flash_attn_with_kvcache(
     tensors = {name: x for name, x in given.items() if x is not None}
     for name, x in tensors.items():
         check_rank(name, x, "(B, S, H, D)")
-    _refuse_what_is_not_there(tensors, cache_leftpad, num_splits)
+    _refuse_gradients(tensors)
+    if not isinstance(num_splits, int) or num_splits < 0:
+        raise ValueError(
+            f"num_splits must be an integer of at least 0. Got {num_splits!r}. 0 leaves the choice open."
+        )
+    if block_table is not None:
+        if cache_batch_idx is not None:
+            raise ValueError(
+                "a block table says which pages are a row's, so cache_batch_idx says nothing. Got both. "
+                "Pass block_table[cache_batch_idx]."
+            )
+        check_table(block_table, q.shape[0])
     room = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)
     new = 0 if k is None else k.shape[1]
     if (k is None) != (v is None):
         raise ValueError("k and v are appended together. Got one without the other.")
     before = _lengths(cache_seqlens, q, room, new, appends=k is not None)
-    if block_table is not None and cache_batch_idx is not None:
-        raise ValueError(
-            "a block table says which pages are a row's, so cache_batch_idx says nothing. Got both. "
-            "Pass block_table[cache_batch_idx]."
-        )
+    mask = None
+    if cache_leftpad is not None:
+        mask = _behind_the_padding(cache_leftpad, before + new, room)
     band = window(window_size)
     moving = causal or band is not None
     if rotary_cos is not None or rotary_sin is not None:
         _check_rotary(rotary_cos, rotary_sin, q, room, new, moving)
     options: dict[str, Any] = {
         "kv_lengths": before + new,
+        "mask": mask,
         "causal": causal,
         "window": band,
         "softcap": capped_at(softcap),
@@ -102,8 +121,8 @@ def flash_attn_with_kvcache(
     for name, cache, added in (("k", k_cache, k), ("v", v_cache, v)):
         if added is not None:
             _check_new(name, cache, added, q.shape[0], new)
-    _check_rows(k_cache, before + new, cache_batch_idx, block_table)
-    like = (_like_rows(x, q.shape[0], cache_batch_idx, block_table) for x in (k_cache, v_cache))
+    check_rows(k_cache, before + new, cache_batch_idx, block_table)
+    like = (like_rows(x, q.shape[0], cache_batch_idx, block_table) for x in (k_cache, v_cache))
     dispatch.choose(Call.of(q, *like, **options).problem)
     with torch.no_grad():
         if k is not None and v is not None:
@@ -112,32 +131,36 @@ def flash_attn_with_kvcache(
                 q = _rotated(q, before, rotary_cos, rotary_sin, rotary_interleaved, moving=moving)
             places = before[:, None] + torch.arange(new, device=q.device)
             for cache, x in ((k_cache, k), (v_cache, v)):
-                _append(cache, x, places, cache_batch_idx, block_table)
+                append(cache, x, places, cache_batch_idx, block_table)
         keys, values = (
-            _rows(x, q.shape[0], cache_batch_idx, block_table) for x in (k_cache, v_cache)
+            rows(x, q.shape[0], cache_batch_idx, block_table) for x in (k_cache, v_cache)
         )
         results: Tensor | tuple[Tensor, Tensor] = heedful.attention(q, keys, values, **options)
     return results
 
 
-def _refuse_what_is_not_there(
-    tensors: dict[str, Tensor], cache_leftpad: Tensor | None, num_splits: int
-) -> None:
+def _refuse_gradients(tensors: dict[str, Tensor]) -> None:
     moving = [name for name, x in tensors.items() if x.requires_grad]
     if moving and torch.is_grad_enabled():
         raise NotImplementedError(
             f"flash_attn_with_kvcache has no gradients. Got {', '.join(moving)} that require them. "
             "Call it within torch.no_grad(), or call flash_attn_func."
         )
-    if cache_leftpad is not None:
-        raise NotImplementedError(
-            "heedful has no cache_leftpad yet: it must be None. Got a tensor. "
-            "Move each row's tokens to its beginning."
-        )
-    if num_splits not in (0, 1):
-        raise NotImplementedError(
-            f"num_splits must be 0 or 1: no backend can be told to divide keys. Got {num_splits}."
-        )
+
+
+def _behind_the_padding(cache_leftpad: Tensor, lengths: Tensor, room: int) -> Tensor:
+    """Which places of a row are no padding on the left, (B, 1, 1, room)."""
+    _check_of_rows("cache_leftpad", cache_leftpad, lengths)
+    if is_concrete_on_cpu(cache_leftpad) and is_concrete_on_cpu(lengths):
+        wrong = (cache_leftpad < 0) | (cache_leftpad > lengths)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"cache_leftpad must lie between 0 and what each row holds with the new tokens. Got "
+                f"{int(cache_leftpad[row])} for row {row}, which holds {int(lengths[row])}."
+            )
+    places = torch.arange(room, device=cache_leftpad.device)
+    return (places >= cache_leftpad[:, None])[:, None, None]
 
 
 def _lengths(
@@ -155,11 +178,7 @@ def _lengths(
         lengths = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     else:
         lengths = cache_seqlens
-    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cache_seqlens must be an int, or int32 of shape (B,) = {tuple(q.shape[:1])}. "
-            f"Got {lengths.dtype} of shape {tuple(lengths.shape)}."
-        )
+    _check_of_rows("cache_seqlens", lengths, q, "an int, or ")
     if lengths.numel() and is_concrete_on_cpu(lengths):
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high + new > room:
@@ -168,6 +187,14 @@ def _lengths(
                 f"and {new} are new. Got {low if low < 0 else high}."
             )
     return lengths.int()
+
+
+def _check_of_rows(name: str, x: Tensor, like: Tensor, otherwise: str = "") -> None:
+    if x.shape != like.shape[:1] or x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name} must be {otherwise}int32 of shape (B,) = {tuple(like.shape[:1])}. "
+            f"Got {x.dtype} of shape {tuple(x.shape)}."
+        )
 
 
 def _check_rotary(
@@ -218,64 +245,3 @@ def _check_new(name: str, cache: Tensor, x: Tensor, batch: int, new: int) -> Non
             f"{name} must fit its cache, {expected} of {cache.dtype}. "
             f"Got {tuple(x.shape)} of {x.dtype}."
         )
-
-
-def _check_rows(
-    cache: Tensor, lengths: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None
-) -> None:
-    """Raises ValueError for a row or a page that is none, where it can be read: −1 would be the last."""
-    name, numbers = "cache_batch_idx", cache_batch_idx
-    if block_table is not None:
-        name, numbers = "block_table", block_table
-    if numbers is None or not (is_concrete_on_cpu(numbers) and is_concrete_on_cpu(lengths)):
-        return
-    if block_table is not None and block_table.shape[:1] == lengths.shape:
-        blocks = torch.arange(block_table.shape[1])
-        numbers = block_table[blocks * cache.shape[1] < lengths[:, None]]
-    wrong = numbers[(numbers < 0) | (numbers >= len(cache))]
-    if len(wrong):
-        raise ValueError(
-            f"{name} must hold numbers from 0 to {len(cache) - 1} for what is attended to. "
-            f"Got {int(wrong[0])}."
-        )
-
-
-def _append(
-    cache: Tensor,
-    x: Tensor,
-    places: Tensor,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
-    """Writes new tokens (B, Snew, Hkv, D) to their (B, Snew) places."""
-    if block_table is not None:
-        size = cache.shape[1]
-        rows, places = block_table.long().gather(1, (places // size).long()), places % size
-    elif cache_batch_idx is not None:
-        rows = cache_batch_idx.long()[:, None]
-    else:
-        rows = torch.arange(len(x), device=x.device)[:, None]
-    cache[rows, places.long()] = x
-
-
-def _like_rows(
-    cache: Tensor, batch: int, cache_batch_idx: Tensor | None, block_table: Tensor | None
-) -> Tensor:
-    """What has the shape, dtype and device of `_rows`, and no data of them."""
-    rows, room = min(batch, len(cache)), cache.shape[1]
-    if block_table is not None:
-        rows, room = len(block_table), block_table.shape[1] * room
-    elif cache_batch_idx is not None:
-        rows = len(cache_batch_idx)
-    return cache.new_empty(()).expand(rows, room, *cache.shape[2:])
-
-
-def _rows(
-    cache: Tensor, batch: int, cache_batch_idx: Tensor | None, block_table: Tensor | None
-) -> Tensor:
-    """The rows of the batch (B, room, Hkv, D): a view where they are the cache's first ones."""
-    if block_table is not None:
-        # What names no page stands behind a row's tokens, where nobody looks.
-        pages = block_table.long().clamp(0, len(cache) - 1)
-        return cache[pages].flatten(1, 2)
-    return cache[:batch] if cache_batch_idx is None else cache[cache_batch_idx.long()]

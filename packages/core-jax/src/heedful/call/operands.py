@@ -26,7 +26,7 @@ class Operands(NamedTuple):
         q_segment_ids: int32, (B, 1, Sq, 1).
         kv_segment_ids: int32, (B, 1, 1, Sk).
         sinks: floating, (1, Hq, 1, 1).
-        alibi_slopes: floating, (B or 1, Hq, 1, 1).
+        alibi_slopes: floating, (B or 1, Hq, 1, 1); as q_offset also (1, Hq, Sq, 1).
         dropout_seed: int32, (B,) or (1,); only where the problem holds no number.
         floats, words: (1 or B, 1, ·), what the problem's functions close over (see `call.functions`):
             of the accumulator's dtype, and int32.
