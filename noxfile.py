@@ -104,6 +104,20 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
     session.run(str(shared_folder(session) / "bin" / program), *arguments, external=True)
 
 
+def fetched(session: nox.Session, package: str) -> str:
+    """The sdist of a package, in the version that constraints/ pin; fetched once."""
+    pins = Path("constraints/py311.txt").read_text().splitlines()
+    (pin,) = (line for line in pins if line.startswith(f"{package.replace('_', '-')}=="))
+    folder = session.cache_dir.parent / "sdists"
+    file = folder / f"{package}-{pin.partition('==')[2]}.tar.gz"
+    if not file.exists():
+        # pip reads an sdist's metadata by running its setup, for which the environment has all it asks.
+        session.env.update(BUILD)
+        own = ("--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest")
+        run(session, "python", "-m", "pip", "download", *own, str(folder), pin)
+    return str(file)
+
+
 def install_beside(session: nox.Session, *backends: str) -> None:
     """Gives a session's own environment all that is in the shared one, and some backends' packages."""
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -140,7 +154,8 @@ def core(session: nox.Session) -> None:
 @nox.session(python="3.11", default=False)
 def environment(session: nox.Session) -> None:
     """Make the environment that the sessions below share: all packages, torch, every tool."""
-    install(session, *PACKAGES, *TEST_TOOLS, "mypy", "onnx", "ruff")
+    # einops is what flash-attn's own tests ask for.
+    install(session, *PACKAGES, *TEST_TOOLS, "einops", "mypy", "onnx", "ruff")
 
 
 @shared_session()
@@ -199,9 +214,11 @@ def compile_flash_attn_4(session: nox.Session) -> None:
 
 @shared_session()
 def conformance(session: nox.Session) -> None:
-    """Test against ONNX's cases, backends broken on purpose, and what the README promises."""
+    """Test against ONNX's cases and flash-attn's tests, backends broken on purpose, and the README."""
     session.env.update(compiled(session))
     run(session, *PYTEST, "tests/conformance", *session.posargs)
+    session.env["XLA_FLAGS"] = HARDLY_OPTIMISED
+    run(session, "python", "tests/conformance/flash_attns_own.py", fetched(session, "flash_attn"))
 
 
 @shared_session()

@@ -121,6 +121,14 @@ def test_values_are_those_of_the_reference_and_caches_are_written_to(kind, told,
     check(ask(*sizes, **places), meant, 1e-5, **kind, **told)
 
 
+def test_queries_are_rotated_from_the_first_new_place_on_however_many_are_new():
+    check(ask(4, 2), {"causal": True}, 1e-5, rotary=True, causal=True)
+    q, *arrays = ask(4, 2)
+    tables = {name: torch.tensor(x, dtype=q.dtype) for name, x in ROTARY.items()}
+    with pytest.raises(ValueError, match=r"a position for each query, .*: 25\. Got 24"):
+        flash_attn_with_kvcache(q, *arrays, cache_seqlens=21, **tables, causal=True)
+
+
 def test_half_precision():
     check(ask(2, 2, dtype=torch.bfloat16), {"causal": True}, 0.03, rotary=True, causal=True)
 
@@ -184,7 +192,7 @@ def test_nothing_new():
         (
             {**dict.fromkeys(ROTARY, torch.zeros(24, 3)), "k": None, "v": None},
             ValueError,
-            "there must be k and v of as many tokens as q. Got 0 and 1",
+            "rotate what is appended.* Got no k and v",
         ),
         (
             {"block_table": torch.zeros(3, 2), "cache_batch_idx": torch.zeros(3)},

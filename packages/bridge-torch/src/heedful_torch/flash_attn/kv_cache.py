@@ -105,7 +105,7 @@ def flash_attn_with_kvcache(
     band = window(window_size)
     moving = causal or band is not None
     if rotary_cos is not None or rotary_sin is not None:
-        _check_rotary(rotary_cos, rotary_sin, q, room, new, moving)
+        _check_rotary(rotary_cos, rotary_sin, q, k, before, room, moving)
     options: dict[str, Any] = {
         "kv_lengths": before + new,
         "mask": mask,
@@ -198,15 +198,20 @@ def _check_of_rows(name: str, x: Tensor, like: Tensor, otherwise: str = "") -> N
 
 
 def _check_rotary(
-    cos: Tensor | None, sin: Tensor | None, q: Tensor, room: int, new: int, moving: bool
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    before: Tensor,
+    room: int,
+    moving: bool,
 ) -> None:
     if cos is None or sin is None:
         raise ValueError("rotary_cos and rotary_sin go together. Got one without the other.")
-    if new < (q.shape[1] if moving else 1):
+    if k is None:
         raise ValueError(
-            "rotary_cos and rotary_sin rotate new keys, and query i by the place of new key i, so there "
-            f"must be k and v of as many tokens as q. Got {new} and {q.shape[1]}. Keys in a cache are "
-            "rotated already: rotate q before the call."
+            "rotary_cos and rotary_sin rotate what is appended, and queries with it. Got no k and v. "
+            "Keys in a cache are rotated already: rotate q before the call."
         )
     fits = cos.ndim == 2 and cos.shape[0] >= room and 2 * cos.shape[1] <= q.shape[-1]
     if cos.shape != sin.shape or not fits:
@@ -215,6 +220,13 @@ def _check_rotary(
             f"there is room, {room}, and R at most D = {q.shape[-1]}. "
             f"Got {tuple(cos.shape)} and {tuple(sin.shape)}."
         )
+    if before.numel() and is_concrete_on_cpu(before):
+        last = int(before.max()) + (q.shape[1] if moving else 1)
+        if last > cos.shape[0]:
+            raise ValueError(
+                "rotary_cos and rotary_sin must have a position for each query, which are counted from "
+                f"cache_seqlens on: {last}. Got {cos.shape[0]}."
+            )
     if not cos.dtype == sin.dtype == q.dtype:
         raise TypeError(
             f"rotary_cos and rotary_sin must have q's dtype, {q.dtype}. "
