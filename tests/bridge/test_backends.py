@@ -7,17 +7,19 @@ from heedful_crosscheck.contract import REQUIRED, Contract
 from heedful_crosscheck.contract.cases import EVERYTHING, ONE_OF_EACH_GROUP
 from heedful_crosscheck.torch_caller import TorchCaller
 
+FUNCTIONS = {"score_mod", "mask_mod"}  # which cross to no other framework
+
 
 class TestSdpaMath(Contract, examples=60):
     backend = "torch:sdpa-math"
     caller = TorchCaller(on_gpu=False)
-    accepts = EVERYTHING - {"lse", "sinks", "softcap", "dropout", "together"}
+    accepts = EVERYTHING - {"lse", "score_mod", "sinks", "softcap", "dropout", "together"}
 
 
 class TestSdpaFlash(Contract, examples=60):
     backend = "torch:sdpa-flash"
     caller = TorchCaller(on_gpu=False)
-    accepts = EVERYTHING - {"sinks", "softcap", "dropout", "together"}
+    accepts = EVERYTHING - {"score_mod", "sinks", "softcap", "dropout", "together"}
 
 
 class TestSdpaEfficient(Contract, examples=100, needs_gpu=True):
@@ -50,7 +52,8 @@ class TestZentorch(Contract, examples=30):
     backend = "torch:zentorch"
     caller = TorchCaller(on_gpu=False)
     accepts = EVERYTHING - {
-        "gradients", "lse", "sinks", "softcap", "dropout", "together", "float16", "float32 bias",
+        "gradients", "lse", "score_mod", "sinks", "softcap", "dropout", "together", "float16",
+        "float32 bias",
     }  # fmt: skip
 
 
@@ -73,21 +76,21 @@ class TestFlashAttn4(Contract, needs_gpu=True):
 class TestSdpaMathFromJax(Contract):
     backend = "torch:sdpa-math"
     caller = JaxCaller(QUICKLY)
-    accepts = TestSdpaMath.accepts
+    accepts = TestSdpaMath.accepts - FUNCTIONS
     cases = ONE_OF_EACH_GROUP
 
 
 class TestSdpaFlashFromJax(Contract):
     backend = "torch:sdpa-flash"
     caller = JaxCaller(QUICKLY)
-    accepts = TestSdpaFlash.accepts
+    accepts = TestSdpaFlash.accepts - FUNCTIONS
     cases = ONE_OF_EACH_GROUP
 
 
 class TestSdpaFlashFromNumpy(Contract):
     backend = "torch:sdpa-flash"
     caller = NumpyCaller()
-    accepts = TestSdpaFlash.accepts
+    accepts = TestSdpaFlash.accepts - FUNCTIONS
     cases = ONE_OF_EACH_GROUP
 
 
@@ -95,12 +98,14 @@ class TestFlashFromTorch(Contract, examples=3):
     backend = "jax:flash"
     caller = TorchCaller(on_gpu=False)
     cases = ONE_OF_EACH_GROUP
+    accepts = EVERYTHING - FUNCTIONS
 
 
 class TestOracleFromTorch(Contract):
     backend = "numpy:oracle"
     caller = TorchCaller(on_gpu=False)
     cases = ONE_OF_EACH_GROUP
+    accepts = EVERYTHING - FUNCTIONS
 
 
 def test_every_required_backend_is_tested():

@@ -19,6 +19,7 @@ class TestOracle(Contract, examples=60):
 class TestOnnxRuntime(Contract, examples=60):
     backend = "numpy:onnxruntime"
     accepts = EVERYTHING - {
+        "score_mod",
         "lse",
         "gradients",
         "sinks",
@@ -60,6 +61,7 @@ class Tokamax(Promoting):
     caller = JaxCaller()  # hardly optimised, XLA gives the bias of xla_chunked a gradient of NaN
     cases = ONE_OF_EACH_GROUP  # which takes time
     accepts = EVERYTHING - {
+        "score_mod",
         "lse",
         "sinks",
         "alibi",
@@ -93,6 +95,7 @@ class TestSplash(Contract, examples=3):
     backend = "jax:splash"
     cases = ONE_OF_EACH_GROUP
     accepts = EVERYTHING - {
+        "score_mod",
         "alibi",
         "dropout",
         "lse",
@@ -109,6 +112,8 @@ class TestPallasGpu(Contract, examples=5):
     backend = "jax:pallas-gpu"
     cases = ONE_OF_EACH_GROUP
     accepts = EVERYTHING - {
+        "score_mod",
+        "mask_mod",
         "gradients",
         "bias",
         "infinite bias",
@@ -148,6 +153,7 @@ class TestNnXla(Promoting):
     backend = "jax:nn-xla"
     cases = COMPILED
     accepts = EVERYTHING - {
+        "score_mod",
         "lse",
         "sinks",
         "alibi",
@@ -170,7 +176,7 @@ class TestOracleFromJax(Contract, examples=3):
     backend = "numpy:oracle"
     caller = JaxCaller(QUICKLY)
     cases = ONE_OF_EACH_GROUP
-    accepts = EVERYTHING - {"functions"}
+    accepts = EVERYTHING - {"score_mod", "mask_mod"}
 
 
 class TestFlashFromNumpy(Contract, examples=3):

@@ -88,7 +88,8 @@ class SplashBackend:
 def _static(problem: Problem) -> bool:
     """Whether a band that is known and segments say all: no mask over (Sq, Sk) is built then."""
     by_keys = problem.mask_shape is None or problem.mask_shape[1:3] == (1, 1)
-    return by_keys and not (problem.positional and problem.q_offset is None)
+    known = not (problem.positional and problem.q_offset is None)
+    return by_keys and known and not problem.functions
 
 
 def _mask(problem: Problem, seen: Array) -> Array:

@@ -5,11 +5,12 @@ is a `Program`, equal to any other of the same text, which is part of the proble
 differentiated, mapped and spread as any operand is. They come packed, those of all functions of a call
 one behind the other: `floats`, which are differentiated, and `words`, all others.
 
-torch's functions stay what they are: they are torch's to read.
+torch's functions stay what they are, and keep what they close over: they are torch's to read.
 """
 
 import contextlib
 import math
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -102,33 +103,52 @@ class Program:
         return found
 
     def __call__(self, floats: Array | None, words: Array | None, *arrays: Array) -> Array:
-        """The function at each place of arrays of rank 4, each axis full or 1; in JAX.
+        """The function at each place of arrays of rank 4, each axis full or 1.
 
-        Axes that nothing which plays a part has are 1 in the answer.
+        Axes that nothing which plays a part has are 1 in the answer. Of NumPy's arrays it is NumPy's.
         """
+        if isinstance(arrays[0], np.ndarray):  # perhaps in somebody's jit, where JAX would trace it
+            with jax.ensure_compile_time_eval():
+                return np.asarray(self(floats, words, *map(jnp.asarray, arrays)))
         closed = self.closed_over(floats, words)
         used = [x if use else x[:1, :1, :1, :1] for x, use in zip(arrays, self.uses, strict=True)]
 
         def of_row(*row: Array) -> Array:
             function = partial(self.of_numbers, row[: len(closed)])
-            return _over_axes(function, 3, row[len(closed) :])
+            return _over_axes(jax.vmap, function, 3, row[len(closed) :])
 
-        return _over_axis(of_row, (*closed, *used))
+        return _over_axis(jax.vmap, of_row, (*closed, *used))
 
 
-def _over_axes(function: Callable[..., Array], rank: int, arrays: Sequence[Array]) -> Array:
+@dataclass(frozen=True)
+class TorchFunction:
+    """The same of torch tensors."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, floats: None, words: None, *arrays: Array) -> Array:
+        """As of a `Program`, in torch."""
+        return _over_axes(sys.modules["torch"].vmap, self.function, 4, arrays)
+
+
+def _over_axes(
+    vmap: Callable[..., Any], function: Callable[..., Array], rank: int, arrays: Sequence[Array]
+) -> Array:
     """Axis by axis, so that what has no such axis is computed once along it."""
     if rank == 0:
         return function(*arrays)
-    return _over_axis(lambda *cut: _over_axes(function, rank - 1, cut), arrays)
+    return _over_axis(vmap, lambda *cut: _over_axes(vmap, function, rank - 1, cut), arrays)
 
 
-def _over_axis(function: Callable[..., Array], arrays: Sequence[Array]) -> Array:
-    axes = [None if x.shape[0] == 1 else 0 for x in arrays]
+def _over_axis(
+    vmap: Callable[..., Any], function: Callable[..., Array], arrays: Sequence[Array]
+) -> Array:
+    axes = tuple(None if x.shape[0] == 1 else 0 for x in arrays)
     cut = [x[0] if axis is None else x for x, axis in zip(arrays, axes, strict=True)]
     if all(axis is None for axis in axes):
         return function(*cut)[None]
-    return jax.vmap(function, axes)(*cut)
+    found: Array = vmap(function, axes)(*cut)
+    return found
 
 
 @jax.tree_util.register_dataclass

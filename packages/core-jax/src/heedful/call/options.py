@@ -24,7 +24,7 @@ from heedful.call.checks import (
     shown,
 )
 from heedful.call.form import Form
-from heedful.call.functions import BlockMask, Program, packed, traced
+from heedful.call.functions import BlockMask, Program, TorchFunction, packed, traced
 
 if TYPE_CHECKING:
     from heedful.call.problem import Problem
@@ -412,7 +412,7 @@ def _read_function(name: str, function: Any, known: Known, of_score: str | None)
     if known.framework == "torch":
         if not callable(function):
             raise TypeError(f"{name} must be a function of torch tensors. Got {shown(function)}.")
-        return {name: function}
+        return {name: TorchFunction(function)}
     before = [
         slot
         for program in known.fields.values()

@@ -82,7 +82,7 @@ class Problem:
         dtype: of q, k, v and out.
         batch, q_heads, kv_heads, q_length, kv_length, head_dim, value_dim: B, Hq, Hkv, Sq, Sk, D, Dv.
         scale, softcap: of the scores.
-        score_mod, mask_mod: `heedful.call.functions.Program`, or functions of torch's.
+        score_mod, mask_mod: a `Program` or a `TorchFunction` of `heedful.call.functions`.
         block_size: of the blocks of which is known beforehand what mask_mod hides.
         causal: whether j ≤ p_i is asked; which alignment is q_offset's business.
         window: (left, right), or None.

@@ -101,7 +101,7 @@ def visible(problem: Problem, operands: Operands, place: Place) -> Array | None:
         conditions.append(operands.q_segment_ids == operands.kv_segment_ids)
     if operands.mask is not None:
         conditions.append(operands.mask)
-    if problem.mask_mod is not None:  # in JAX alone
+    if problem.mask_mod is not None:  # JAX's, or torch's
         at = place.b, place.h, place.i, place.j
         conditions.append(problem.mask_mod(operands.floats, operands.words, *at))
     return reduce(operator.and_, conditions) if conditions else None
