@@ -24,7 +24,8 @@ def value_and_grad_difference(
     """Runs two attention functions on the same random inputs and compares what comes out.
 
     The quick check of flash-attention-jax, with its names and the same gradients, those of `out.sum()`.
-    For a judgement that knows the dtype and a float64 oracle there is `heedful crosscheck`.
+    For a judgement that knows the dtype, of functions of any frameworks on one's own arrays, there is
+    `heedful_crosscheck.compare`; against the contract and a float64 oracle, `heedful crosscheck`.
 
         >>> from heedful import flash_attention, plain_attention, value_and_grad_difference
         >>> out, (dq, dk, dv) = value_and_grad_difference(plain_attention, flash_attention, seed=42)

@@ -33,6 +33,7 @@ from heedful_crosscheck.cases import (
     select,
     share_of_pairs,
 )
+from heedful_crosscheck.comparison import Comparison, Difference, compare
 from heedful_crosscheck.files import InputError, save
 from heedful_crosscheck.fitting import fitted
 from heedful_crosscheck.function import Function
@@ -50,6 +51,8 @@ from heedful_crosscheck.run import (
 
 __all__ = [
     "Case",
+    "Comparison",
+    "Difference",
     "Failure",
     "Function",
     "InputError",
@@ -57,6 +60,7 @@ __all__ = [
     "Memory",
     "Outcome",
     "Report",
+    "compare",
     "crosscheck",
     "load",
     "memory_needed",

@@ -24,6 +24,7 @@ from heedful_crosscheck.layouts import Layout
 
 Named = dict[str, Any]  # arrays of one framework
 Results = tuple[Any, ...]
+Attending = Callable[[Named, Named], Results]  # of primals and constants; hashable
 
 
 class Identity:
@@ -88,14 +89,14 @@ class Caller(Protocol):
         ...
 
     def pull_back(
-        self, attend: Attend, primals: Named, constants: Named, cotangents: Sequence[Any]
+        self, attend: Attending, primals: Named, constants: Named, cotangents: Sequence[Any]
     ) -> tuple[Results, Named | None]:
         """The results, and the gradients of the primals; None where nothing differentiates."""
         ...
 
     def pull_back_twice(
         self,
-        attend: Attend,
+        attend: Attending,
         primals: Named,
         constants: Named,
         cotangents: Sequence[Any],
@@ -115,8 +116,8 @@ def of_kind(kind: type[Kind], x: Any) -> Kind:
     return x
 
 
-def caller_of(framework: str) -> Caller:
-    """The caller of a framework's name; torch's imports torch.
+def caller_of(framework: str, on_gpu: bool = True) -> Caller:
+    """The caller of a framework's name; torch's imports torch, and is on the GPU where there is one.
 
     Raises:
         LookupError: torch is not installed.
@@ -130,7 +131,7 @@ def caller_of(framework: str) -> Caller:
         raise LookupError("the case calls from torch, which is not installed here")
     from heedful_crosscheck.torch_caller import TorchCaller
 
-    return TorchCaller()
+    return TorchCaller(on_gpu)
 
 
 def as_numpy(x: Any) -> np.ndarray:
@@ -162,7 +163,7 @@ class NumpyCaller:
         return of_kind(np.ndarray, x)
 
     def pull_back(
-        self, attend: Attend, primals: Named, constants: Named, cotangents: Sequence[Any]
+        self, attend: Attending, primals: Named, constants: Named, cotangents: Sequence[Any]
     ) -> tuple[Results, None]:
         return attend(primals, constants), None
 
@@ -198,13 +199,13 @@ class JaxCaller:
         return np.asarray(of_kind(jax.Array, x))
 
     def pull_back(
-        self, attend: Attend, primals: Named, constants: Named, cotangents: Sequence[Any]
+        self, attend: Attending, primals: Named, constants: Named, cotangents: Sequence[Any]
     ) -> tuple[Results, Named]:
         return _pull_back(attend, self.compiler_options)(primals, constants, list(cotangents))
 
     def pull_back_twice(
         self,
-        attend: Attend,
+        attend: Attending,
         primals: Named,
         constants: Named,
         cotangents: Sequence[Any],
@@ -222,7 +223,7 @@ class JaxCaller:
 
 @lru_cache(maxsize=24)  # for cases that share a shape, and other seeds; each holds megabytes
 def _pull_back(
-    attend: Attend, options: tuple[tuple[str, Any], ...]
+    attend: Attending, options: tuple[tuple[str, Any], ...]
 ) -> Callable[..., tuple[Results, Named]]:
     """Results and gradients in one: compiled together they take half as long as apart."""
 
@@ -233,7 +234,7 @@ def _pull_back(
 
 
 def _pulled_back(
-    attend: Attend, primals: Named, constants: Named, cotangents: list[Any]
+    attend: Attending, primals: Named, constants: Named, cotangents: list[Any]
 ) -> tuple[Results, Named]:
     results, pull = jax.vjp(lambda primals: attend(primals, constants), primals)
     pairs = zip(cotangents, results, strict=True)
@@ -242,13 +243,16 @@ def _pulled_back(
 
 
 def found_framework(
-    title: str, asked: Callable[[Caller], tuple[Callable[..., Any], Sequence[Any]]]
+    title: str,
+    asked: Callable[[Caller], tuple[Callable[..., Any], Sequence[Any]]],
+    on_gpu: bool = True,
 ) -> str:
     """Which framework's arrays a function answers with its own kind; torch's where it is imported.
 
     Args:
         title: of the function, for the error.
         asked: of a caller, a function of some arrays, which returns one, and these arrays.
+        on_gpu: whether torch's caller is, where there is one.
 
     Raises:
         TypeError: those of none, or of several.
@@ -256,7 +260,7 @@ def found_framework(
     said = {}
     for framework in ("jax", "numpy", *(["torch"] if "torch" in sys.modules else [])):
         try:
-            function, arrays = asked(caller_of(framework))
+            function, arrays = asked(caller_of(framework, on_gpu))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = _tried(framework, function, arrays)

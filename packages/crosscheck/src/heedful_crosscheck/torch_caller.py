@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from heedful_crosscheck.callers import Attend, Named, Results, of_kind
+from heedful_crosscheck.callers import Attending, Named, Results, of_kind
 from heedful_crosscheck.layouts import Layout
 
 
@@ -53,7 +53,7 @@ class TorchCaller:
 
     def pull_back(
         self,
-        attend: Attend,
+        attend: Attending,
         primals: Named,
         constants: Named,
         cotangents: Sequence[torch.Tensor],
@@ -71,7 +71,7 @@ class TorchCaller:
 
     def pull_back_twice(
         self,
-        attend: Attend,
+        attend: Attending,
         primals: Named,
         constants: Named,
         cotangents: Sequence[torch.Tensor],
