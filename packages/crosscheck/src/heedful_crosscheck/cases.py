@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from heedful_crosscheck import combinations, files
-from heedful_crosscheck.factors import AXES, FACTORS, OPTIONS, Row
+from heedful_crosscheck.factors import AXES, FACTORS, FUNCTIONS, OPTIONS, Row
 from heedful_crosscheck.files import InputError
 from heedful_crosscheck.recipes import USUAL as MANY_KEYS
 from heedful_crosscheck.recipes import (
@@ -318,7 +318,7 @@ def of_row(row: Row) -> dict[str, Any]:
             asked |= meant[name]
         elif meant[name] is not None:
             asked[name] = meant[name]
-    arrays = {name: made for name, made in asked.items() if callable(made)}
+    arrays = {n: made for n, made in asked.items() if callable(made) and n not in FUNCTIONS}
     options = {name: x for name, x in asked.items() if name not in arrays}
     return {
         "make": _with_logits(row["logits"], options.get("scale"), _sizes(meant), arrays),

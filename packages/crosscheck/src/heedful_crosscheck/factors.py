@@ -14,12 +14,14 @@ from heedful_crosscheck.recipes import (
     RandomNumbers,
     Real,
     Segments,
+    bent,
     floor_bias,
     hiding_bias,
     inner,
     key_padding,
     mask_with_empty_rows,
     outer,
+    striped,
 )
 
 Row = Mapping[str, str]  # a value of each factor
@@ -109,14 +111,20 @@ FACTORS: dict[str, dict[str, Any]] = {
     },
     "scale": {"default": None, "0.3": 0.3, "-0.2": -0.2, "0": 0.0},
     "softcap": {"none": None, "1.5": 1.5, "30": 30.0},
+    # They close over nothing: the oracle is given arrays that are options.
+    "score_mod": {"none": None, "bent": bent},
+    "mask_mod": {"none": None, "striped": striped},
     "logits": _same("usual", "large", "above", "below"),
 }  # fmt: skip
 
 # The options among them.
 OPTIONS = (
     "layout", "causal", "window", "q_offset", "q_lengths", "kv_lengths", "mask", "bias", "segments",
-    "sinks", "alibi_slopes", "dropout", "scale", "softcap",
+    "sinks", "alibi_slopes", "dropout", "scale", "softcap", "score_mod", "mask_mod",
 )  # fmt: skip
+
+# The functions among these, which are passed as they are.
+FUNCTIONS = ("score_mod", "mask_mod")
 
 # Which axes of (B, Hq, Sq, Sk) an array option has; of one that is not here, all, each full or 1.
 AXES = {
@@ -299,6 +307,19 @@ RULES = (
         {"bias": ("rows",)},
         {"sinks": ("none",), "dtype": ("float32", "float64")},
         "what a row's scores have in common changes its sink's weight alone: half precision loses that",
+    ),
+    Rule(
+        {"score_mod": ("bent",), "mask_mod": ("striped",)},
+        {"caller": _but("caller", "torch")},
+        "functions do not cross from torch to who could be asked",
+    ),
+    Rule(
+        {"mask_mod": ("striped",)},
+        {
+            "lengths": _but("lengths", "1x1", "3x5", "1x133", "1x4160"),
+            "window": _but("window", "self"),
+        },
+        "one query that may see one key soon sees none",
     ),
     Rule({"lengths": LONG}, {"batch": ("1", "2")}, "time and memory"),
     Rule({"lengths": ("1031x1300",)}, {"heads": ("1/1", "4/2")}, "time and memory"),
