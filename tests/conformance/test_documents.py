@@ -43,7 +43,7 @@ def test_the_figures_are_those_that_the_code_draws(capsys):
     tokens = MarkdownIt().parse((ROOT / "docs/algorithm.md").read_text())
     fences = [token for token in tokens if token.type == "fence"]
     scope = {}
-    assert len(fences) == 10
+    assert len(fences) == 12
     for snippet, figure in zip(fences[::2], fences[1::2], strict=True):
         exec(compile(snippet.content, "algorithm.md", "exec"), scope)
         assert capsys.readouterr().out == figure.content

@@ -285,6 +285,12 @@ def test_a_block_mask_of_no_size_is_refused():
         heedful.block_mask(documents, 1, 1, 4, 4, block_size=1.5)
 
 
+def test_a_mesh_with_explicit_axes_is_refused():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(TypeError, match="on a mesh with explicit axes"):
+        heedful.attention(*arguments()[:3], mask_mod=documents)
+
+
 def test_who_takes_no_functions_refuses_by_name():
     with pytest.raises(heedful.Refusal, match="score_mod"):
         heedful.attention(*arguments()[:3], backend="jax:nn-xla", score_mod=lambda s, b, h, i, j: s)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.sharding import AxisType
 
 from heedful.call.arrays import Array, dtype_of
 from heedful.call.checks import shown
@@ -202,6 +203,11 @@ def traced(
         ), function.closed
     if not callable(function):
         raise TypeError(f"{name} must be a function. Got {shown(function)}.")
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        raise TypeError(
+            f"{name} is not traced on a mesh with explicit axes, of which each of its operations would "
+            "speak. Make them jax.sharding.AxisType.Auto, or call within jax.sharding.auto_axes."
+        )
     found = _trace(name, function, of_score)
     _check_result(name, found.out_avals, of_score)
     slots = []
