@@ -30,13 +30,23 @@ def answer(name, arrays, dout, options):
     assert S_dmask is None
     return [x.detach() for x in (out, lse, *torch.autograd.grad(out, arrays, dout))]
 
+def cached(arrays, options):
+    import contextlib
+    import flash_attn
+
+    # Its rotary kernel asks for the GPU of its arrays.
+    torch.cuda.device = contextlib.nullcontext
+    found = flash_attn.flash_attn_with_kvcache(*arrays, **options, return_softmax_lse=True)
+    return [*found, *arrays[1:3]]
+
 def padding(name, *arguments):
     from flash_attn import bert_padding
 
     return getattr(bert_padding, name)(*arguments)
 
 if __name__ == "__main__":
-    serve(lambda: {**load(), "signature": signature, "answer": answer, "padding": padding})
+    own = {"signature": signature, "answer": answer, "cached": cached, "padding": padding}
+    serve(lambda: load() | own)
 """
 
 

@@ -414,6 +414,86 @@ def test_packed_functions_are_those_of_the_package(package):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+# Of queries and keys. Causal, a sequence without keys has its kernels write out of bounds.
+PACKED = [(5, 9), (0, 3), (7, 7), (2, 2)]
+SLOPES_OF_SEQUENCES = torch.linspace(0, 0.5, 16).reshape(4, 4)
+
+
+@needs_flash_attn
+@pytest.mark.parametrize(
+    ("told", "lengths"),
+    [
+        ({}, [*PACKED[:3], (3, 0)]),
+        ({"causal": True, "softmax_scale": 0.3}, PACKED),
+        ({"alibi_slopes": SLOPES_OF_SEQUENCES, "causal": True}, PACKED),
+    ],
+    ids=lambda x: ", ".join(map(str, x)),
+)
+def test_packed_sequences_are_those_of_the_package(package, told, lengths):
+    cu_q, cu_k = (
+        torch.tensor([0, *each]).cumsum(0, dtype=torch.int32) for each in zip(*lengths, strict=True)
+    )
+    q, k, v = (x[0] for x in qkv(int(cu_q[-1]), int(cu_k[-1])))
+    cumulated = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 7, "max_seqlen_k": 9}
+    cases = [("flash_attn_varlen_func", [q, k, v], cumulated)]
+    if "alibi_slopes" in told:
+        kv, of_one = torch.stack([k, v], 1), {"cu_seqlens": cu_k, "max_seqlen": 9}
+        ungrouped = torch.stack([k, k.flip(0), v], 1).repeat(1, 1, 2, 1)
+        cases.append(("flash_attn_varlen_kvpacked_func", [q, kv], cumulated))
+        cases.append(("flash_attn_varlen_qkvpacked_func", [ungrouped], of_one))
+    for name, arrays, of_lengths in cases:
+        arrays = [x.detach().requires_grad_() for x in arrays]
+        dout = normal(len(arrays[0]), 4, 8, seed=7)
+        options = {**of_lengths, **told}
+        slices_are_copied = pytest.warns(CopyWarning) if "packed" in name else nullcontext()
+        with slices_are_copied:
+            ours = with_gradients(getattr(flash_attn, name), arrays, dout, **options)
+        theirs = package("answer", name, arrays, dout, options)
+        theirs[1] = theirs[1].T  # on CUDA it lies as ours
+        for got, want in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+ANGLES = normal(24, 4, seed=3)
+
+
+@needs_flash_attn
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ((1, 1), {}),
+        ((3, 3), {"causal": True, "rotary_cos": ANGLES.cos(), "rotary_sin": ANGLES.sin()}),
+        (
+            (2, 2),
+            {
+                "rotary_cos": ANGLES.cos(),
+                "rotary_sin": ANGLES.sin(),
+                "rotary_interleaved": False,
+                "cache_batch_idx": torch.tensor([2, 0], dtype=torch.int32),
+                "num_splits": 2,
+            },
+        ),
+    ],
+    ids=["", "rotary, causal", "rotary, picked rows"],
+)
+def test_a_cache_is_that_of_the_package(package, sizes, told):
+    queries, new = sizes
+    rows = 3 if "cache_batch_idx" in told else 2
+    shapes = [
+        (2, queries, 4, 8),
+        (rows, 24, 2, 8),
+        (rows, 24, 2, 8),
+        (2, new, 2, 8),
+        (2, new, 2, 8),
+    ]
+    arrays = [normal(*shape, seed=n) for n, shape in enumerate(shapes)]
+    told = {**told, "cache_seqlens": torch.tensor([5, 17], dtype=torch.int32)}
+    *theirs, k_cache, v_cache = package("cached", arrays, told)
+    ours = flash_attn.flash_attn_with_kvcache(*arrays, **told, return_softmax_lse=True)
+    for got, want in zip((*ours, *arrays[1:3]), (*theirs, k_cache, v_cache), strict=True):
+        torch.testing.assert_close(got, want.reshape(got.shape), rtol=1e-5, atol=1e-5)
+
+
 @needs_flash_attn
 @pytest.mark.parametrize(
     "call",
