@@ -53,7 +53,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _forward(function: Callable[[], Callable[..., Any]], lse: bool, asked: Arguments) -> Results:
-    q, k, v, additive, how = asked
+    q, k, v, additive, _, how = asked
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, q_length, _ = q.shape
 

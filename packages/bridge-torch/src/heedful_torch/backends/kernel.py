@@ -3,7 +3,7 @@
 A kernel is a forward and a backward operator of tensors, and says what it takes (`Kernel`). What its own
 package does around it, and what the contract asks beyond that, is here:
 
-- Position, masks, lengths, bias and empty rows: `score_mask`.
+- Position, masks, lengths, bias and empty rows: `score_mask`; `parts`, where a kernel is told lengths.
 - Head sizes and layout. The operators believe what their callers have checked: given a last axis that
   is not contiguous, or fewer key heads than query heads, SDPA's CPU kernel reads foreign memory.
   Operands are padded with zero columns, which change no score, and laid out first.
@@ -38,6 +38,7 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.scores import adding
 from heedful.rules.visibility import hiding
+from heedful_torch.backends.parts import part_of_row, parts_of, queries_within
 from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.backends.score_mask import Span, additive_shape, score_mask, span_of
 from heedful_torch.function import (
@@ -59,9 +60,10 @@ class How(NamedTuple):
         scale: of the scores, positive.
         softcap: c of c·tanh(s/c), or None.
         below, above: keys j < i + below and j > i + above are hidden, None: none on that side; and no
-            more than `Kernel.says` lets through.
+            more than `Kernel.says` lets through. Of parts they are counted from the lower right corner:
+            where it is elsewhere than the arrays', the band is so, too.
         diagonal: where the mask holds slopes of ALiBi, slope · |i + diagonal − j| is taken off the
-            scores; None: it holds what is added.
+            scores, of parts likewise; None: it holds what is added.
     """
 
     scale: float
@@ -83,6 +85,8 @@ class Arguments(NamedTuple):
         q, k, v: (B, H, S, ·), padded and laid out as the kernel reads them.
         mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk); or ALiBi's slopes, which
             `How.diagonal` says, (B or 1, Hq, 1, 1); or None.
+        parts: of each row the queries and keys that attend (`parts_of`), (B, 1, 4), int32: of what is
+            outside, nothing is read, results are anything, and gradients 0; None: all attend.
         how: all else.
     """
 
@@ -90,6 +94,7 @@ class Arguments(NamedTuple):
     k: Tensor
     v: Tensor
     mask: Tensor | None
+    parts: Tensor | None
     how: How
 
 
@@ -120,6 +125,8 @@ class Kernel:
         flag: where the diagonal of `is_causal` lies: it starts in the upper left corner of the
             scores, or ends in the lower right one; None where the flag is not used.
         windows: what band it takes beside the flag: one "around" that diagonal, or "any".
+        lengths: whether it is told `Arguments.parts`, and its flag and windows lie about the corner of
+            each; only with the flag "lower right".
         masks: the dtype of the additive mask, the accumulator's or q's own; "slopes": it takes no mask
             but ALiBi's slopes, and counts distances from the diagonal of the flag; None: neither.
         mask_gradient: whether `backward` gives the gradient of the mask.
@@ -137,6 +144,7 @@ class Kernel:
     flag: Literal["upper left", "lower right"] | None
     masks: Literal["accumulator", "q", "slopes"] | None
     windows: Literal["around", "any"] | None = None
+    lengths: bool = False
     once: bool = False
     mask_gradient: bool = False
     alignment: int = 1
@@ -159,8 +167,10 @@ class Kernel:
 
     def says(self, place: Span) -> bool:
         """Whether its own arguments say exactly what position hides."""
-        if place.hides != "band" or self.windows == "any":
-            return place.hides != "by rows"
+        if place.hides == "by rows" or (place.hides == "by lengths" and not self.lengths):
+            return False
+        if place.below is place.above is None or self.windows == "any":
+            return True
         if self.flag is None:
             return False
         corner = self.corner(len(place.rows), len(place.columns))
@@ -170,6 +180,22 @@ class Kernel:
         below = corner if place.below is None else place.below
         return below <= corner <= above
 
+    def hiding(self, problem: Problem) -> dict[str, tuple[int, ...]]:
+        """What hides keys beside position and what it is told."""
+        told = {"q_lengths", "kv_lengths"} if self.lengths else set()
+        return {name: shape for name, shape in hiding(problem).items() if name not in told}
+
+    def aligns(self, problem: Problem, place: Span) -> bool:
+        """Whether what lengths leave of each row ends in the corner that position counts from.
+
+        It does where position is that of the lengths, and where it plays no part. Elsewhere the queries'
+        lengths may say where the keys end, which a row's last query sees last.
+        """
+        if place.hides == "by lengths" or (place.hides != "band" and not self.counts(problem)):
+            return True
+        corner = self.corner(len(place.rows), len(place.columns))
+        return place.above == corner and not problem.kv_lengths
+
     def counts(self, problem: Problem) -> bool:
         """Whether it is told the slopes of ALiBi, which are then in no mask."""
         return self.masks == "slopes" and problem.alibi_shape is not None
@@ -177,7 +203,7 @@ class Kernel:
     def needs_mask(self, problem: Problem, place: Span) -> bool:
         """Whether its own arguments leave something of the problem to an additive mask."""
         added = set(adding(problem)) - ({"alibi_slopes"} if self.counts(problem) else set())
-        return bool(hiding(problem) or added or not self.says(place))
+        return bool(self.hiding(problem) or added or not self.says(place))
 
 
 # What keeps a kernel from a problem
@@ -196,11 +222,17 @@ def limits(kernel: Kernel, problem: Problem, takes: Collection[str]) -> list[str
         place = span_of(problem)
         offset = "of its own a row" if problem.q_offset is None else str(problem.q_offset)
         counted = "alibi_slopes" in takes and kernel.counts(problem)
-        needs = [feature for feature in hiding(problem) if feature in takes]
+        needs = [feature for feature in kernel.hiding(problem) if feature in takes]
         if not kernel.says(place) and problem.band != (None, None):
             needs.append("window" if problem.window else f"causal with a q_offset {offset}")
         if needs:
             reasons.append(f"this kernel takes no mask, which {' and '.join(needs)} would need")
+        told = [name for name in hiding(problem) if name not in kernel.hiding(problem)]
+        if told and kernel.says(place) and not kernel.aligns(problem, place):
+            reasons.append(
+                f"beside {' and '.join(told)} this kernel aligns each row's last query with its last "
+                f"key, not with a q_offset {offset}"
+            )
         added = (set(adding(problem)) & set(takes)) - ({"alibi_slopes"} if counted else set())
         reasons += [f"this kernel takes no {name}" for name in sorted(added)]
         if counted and place.corner(problem) != kernel.corner(len(place.rows), len(place.columns)):
@@ -303,11 +335,11 @@ def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tenso
     v = operands.v[:, :, columns.start : columns.stop]
 
     factor, scale = _factors(problem)
-    mask, additive, how = None, None, How(scale, problem.softcap)
+    additive, parts, sees, how = None, None, None, How(scale, problem.softcap)
     if kernel.needs_mask(problem, place):
         dtype = problem.accumulator if kernel.masks == "accumulator" else problem.dtype
         mask = score_mask(problem, operands, place, getattr(torch, dtype))
-        additive = mask.additive
+        additive, sees = mask.additive, mask.sees
         q = torch.where(mask.sees, q, 0)
         k, v = torch.where(mask.seen, k, 0), torch.where(mask.seen, v, 0)
     else:
@@ -316,15 +348,18 @@ def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tenso
             assert operands.alibi_slopes is not None
             additive = operands.alibi_slopes.to(getattr(torch, problem.accumulator))
             how = how._replace(diagonal=kernel.corner(len(rows), len(columns)))
+        if problem.q_lengths or problem.kv_lengths:
+            parts = parts_of(problem, operands, place)
+            sees = queries_within(parts, len(rows)).unsqueeze(-1)
 
     if factor != 1:
         q = factor * q
-    arguments = Arguments(q, k, v, additive, how)
+    arguments = Arguments(q, k, v, additive, parts, how)
     out, lse, _ = _over_groups(kernel, problem.group, arguments)
 
-    if mask is not None:
-        out = torch.where(mask.sees, out, 0)
-        lse = None if lse is None else torch.where(mask.sees.squeeze(-1), lse, -torch.inf)
+    if sees is not None:
+        out = torch.where(sees, out, 0)
+        lse = None if lse is None else torch.where(sees.squeeze(-1), lse, -torch.inf)
     if len(rows) < problem.q_length:  # the queries that were cut off see nothing
         around = (rows.start, problem.q_length - rows.stop)
         out = F.pad(out, (0, 0, *around))
@@ -418,23 +453,25 @@ class _Fused(Function):
     @outside_compilation
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, dlse, *_ = cotangents
-        q, k, v, mask, *results = ctx.saved_tensors
-        arguments = Arguments(q, k, v, mask, ctx.how)
+        n = len(Arguments._fields) - 1
+        arguments = Arguments._make((*ctx.saved_tensors[:n], ctx.how))
+        results = ctx.saved_tensors[n:]
         mask_wanted = ctx.needs_input_grad[1 + Arguments._fields.index("mask")]
         gradients = _FusedPullBack.apply(ctx.kernel, mask_wanted, dout, dlse, *arguments, *results)
-        return None, *gradients, None
+        return None, *gradients, None, None
 
     jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        kernel, q, k, v, mask, how = args
-        _, *dims, of_mask, _ = in_dims
+        kernel, q, k, v, mask, parts, how = args
+        _, *dims, of_mask, of_parts, _ = in_dims
         size = info.batch_size
         if of_mask is not None or (mask is not None and len(mask) > 1):  # else all share it
             mask = _folded(size, of_mask, _over_batch(mask, of_mask, _rows(q, dims[0])))
         q, k, v = (_folded(size, dim, x) for x, dim in zip((q, k, v), dims, strict=True))
-        return _unfolded(size, _Fused.apply(kernel, q, k, v, mask, how))
+        parts = _folded(size, of_parts, parts)
+        return _unfolded(size, _Fused.apply(kernel, q, k, v, mask, parts, how))
 
 
 class _FusedPullBack(FirstOrder):
@@ -452,16 +489,17 @@ class _FusedPullBack(FirstOrder):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        kernel, mask_wanted, dout, dlse, q, k, v, mask, how, *results = args
-        _, _, *before, of_mask, _ = in_dims[:9]
+        kernel, mask_wanted, dout, dlse, q, k, v, mask, parts, how, *results = args
+        _, _, *before, of_mask, of_parts, _ = in_dims[:10]
         size, of_q = info.batch_size, in_dims[4]
         shared = mask is not None and _rows(mask, of_mask) == 1
         # Not shared as going forward: each member of the axis has a gradient of its own.
         if mask is not None and (mask_wanted or of_mask is not None or not shared):
             mask = _folded(size, of_mask, _over_batch(mask, of_mask, _rows(q, of_q)))
         first = (_folded(size, d, x) for x, d in zip((dout, dlse, q, k, v), before, strict=True))
-        last = (_folded(size, d, x) for x, d in zip(results, in_dims[9:], strict=True))
-        gradients = _FusedPullBack.apply(kernel, mask_wanted, *first, mask, how, *last)
+        parts = _folded(size, of_parts, parts)
+        last = (_folded(size, d, x) for x, d in zip(results, in_dims[10:], strict=True))
+        gradients = _FusedPullBack.apply(kernel, mask_wanted, *first, mask, parts, how, *last)
         (*of_qkv, dmask), dims = _unfolded(size, gradients)
         if dmask is not None and shared:
             dmask = dmask.sum(1, keepdim=True)
@@ -543,7 +581,7 @@ def _fused_backward(
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and, where it is wanted, dmask; of what `_forward` took and gave."""
-    (q, k, v, mask, how), (out, lse, kept) = asked, results
+    (q, k, v, mask, parts, how), (out, lse, kept) = asked, results
     if not (q.numel() and k.numel()) or (kernel.opaque and has_no_data(q)):
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         return dq, dk, dv, None if mask is None else torch.zeros_like(mask)
@@ -557,7 +595,7 @@ def _fused_backward(
             dmask, mask_wanted = _mask_gradient(dout, dlse, asked), False
         if dlse is not None:
             q, k, v = _with_lse_columns(kernel, q, k, v)
-        sums = row_sums(q, k, mask, *how, lse, widened=dlse is not None)
+        sums = row_sums(q, k, mask, parts, *how, lse, widened=dlse is not None)
         dout = (dout / sums.unsqueeze(-1)).to(out.dtype)
         if dlse is not None:
             dout, out = _with_lse_cotangent(dlse / sums, dout, out, v.shape[-1])
@@ -658,28 +696,30 @@ def _mask_gradient(dout: Tensor, dlse: Tensor | None, asked: Arguments) -> Tenso
     have: dS = P ∘ (dP − rowsum(P ∘ dP) + dlse), dP = dO Vᵀ. The scores of some rows of one head are
     materialised at a time, in the mask's dtype.
     """
-    q, k, v, mask, how = asked
+    q, k, v, mask, parts, how = asked
     assert mask is not None  # it is wanted of
     gradient, group = torch.zeros_like(mask), q.shape[1] // k.shape[1]
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        key, value = k[b, h // group].to(mask.dtype), v[b, h // group].to(mask.dtype)
+        part, (below, above, diagonal) = part_of_row(parts, b, q.shape[2], k.shape[2], how[2:])
+        keys = slice(part.k_begin, part.k_end)
+        key, value = (x[b, h // group, keys].to(mask.dtype) for x in (k, v))
         j = torch.arange(len(key), device=q.device)
         at = (min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1))
-        rows = max(1, MASK_GRADIENT_TILE // len(key))
-        for start in range(0, q.shape[2], rows):
-            tile = slice(start, start + rows)
+        rows = max(1, MASK_GRADIENT_TILE // max(1, len(key)))
+        for start in range(part.q_begin, part.q_end, rows):
+            tile = slice(start, min(start + rows, part.q_end))
             of_mask = (*at, tile if mask.shape[2] > 1 else slice(None))
             query, do = q[b, h, tile].to(mask.dtype), dout[b, h, tile].to(mask.dtype)
             i = torch.arange(start, start + len(query), device=q.device)[:, None]
-            times = 1 if how.diagonal is None else -(i + how.diagonal - j).abs()
+            times = 1 if diagonal is None else -(i + diagonal - j).abs()
             scores = how.scale * (query @ key.mT)
             if how.softcap is not None:
                 scores = how.softcap * torch.tanh(scores / how.softcap)
             scores += mask[of_mask] * times
-            if how.below is not None:
-                scores.masked_fill_(j < i + how.below, -torch.inf)
-            if how.above is not None:
-                scores.masked_fill_(j > i + how.above, -torch.inf)
+            if below is not None:
+                scores.masked_fill_(j < i + below, -torch.inf)
+            if above is not None:
+                scores.masked_fill_(j > i + above, -torch.inf)
             p = torch.softmax(scores, -1)
             dp = do @ value.mT
             dp -= (p * dp).sum(-1, keepdim=True)

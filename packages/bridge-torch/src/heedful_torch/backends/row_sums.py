@@ -13,6 +13,8 @@ q · k has lost beside a bias of finfo.min is lost in float64 too, and must not 
 import torch
 from torch import Tensor
 
+from heedful_torch.backends.parts import keys_within, part_of_row, queries_within
+
 # Half a unit in the last place of an lse is lost: at most 2⁻²⁰ of P here in float32, 2⁻⁴⁹ in float64 …
 HARMLESS = 16.0
 # … and 2⁻¹⁴ in half precision, whose own roundings are 2⁻¹² and 2⁻⁹.
@@ -24,6 +26,7 @@ def row_sums(
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
+    parts: Tensor | None,
     scale: float,
     softcap: float | None,
     below: int | None,
@@ -41,6 +44,8 @@ def row_sums(
     Args:
         q, k: (B, Hq, Sq, D), (B, Hkv, Sk, D).
         mask: added to the scores, each axis full or 1 of (B, Hq, Sq, Sk); or slopes of ALiBi; or None.
+        parts: (B, 1, 4), of each row the queries and keys that attend, about whose corner the band lies;
+            1 for all other queries; None: all attend.
         scale: of the scores.
         softcap: c of c·tanh(s/c), or None.
         below, above: keys j < i + below and j > i + above are hidden; None: none is.
@@ -50,7 +55,7 @@ def row_sums(
             may then add up in another order, and the rounding is that of ‖q‖ ‖k‖.
     """
     sums: Tensor = torch.ops.heedful.row_sums.default(
-        q, k, mask, scale, softcap, below, above, diagonal, lse, widened
+        q, k, mask, parts, scale, softcap, below, above, diagonal, lse, widened
     )
     return sums
 
@@ -59,8 +64,8 @@ def row_sums(
 # `torch.library.custom_op` adds 8 µs to each call.
 torch.library.define(
     "heedful::row_sums",
-    "(Tensor q, Tensor k, Tensor? mask, float scale, float? softcap, int? below, int? above,"
-    " int? diagonal, Tensor lse, bool widened) -> Tensor",
+    "(Tensor q, Tensor k, Tensor? mask, Tensor? parts, float scale, float? softcap, int? below,"
+    " int? above, int? diagonal, Tensor lse, bool widened) -> Tensor",
 )
 
 
@@ -69,6 +74,7 @@ def _(
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
+    parts: Tensor | None,
     scale: float,
     softcap: float | None,
     below: int | None,
@@ -81,19 +87,24 @@ def _(
     limit = HARMLESS if q.dtype == lse.dtype else HARMLESS_IN_HALF
     large = lse.abs() > limit
     if widened and q.dtype == lse.dtype:
-        reach = abs(scale) * q.norm(dim=-1) * k.norm(dim=-1).amax()
-        large |= reach > HARMLESS_REACH
+        lengths = k.norm(dim=-1)
+        if parts is not None:  # what is outside may be NaN
+            lengths = torch.where(keys_within(parts, k.shape[2]), lengths, 0)
+        large |= abs(scale) * q.norm(dim=-1) * lengths.amax() > HARMLESS_REACH
+    if parts is not None:
+        large &= queries_within(parts, q.shape[2])
     if not large.any():
         return sums
     large &= lse.isfinite()
-    how = scale, softcap, below, above, diagonal
     group, height = q.shape[1] // k.shape[1], _tile_height(q)
     for b, h in large.any(-1).nonzero().tolist():
         bias = None if mask is None else mask[min(b, len(mask) - 1), min(h, mask.shape[1] - 1)]
-        for start in range(0, q.shape[2], height):
-            rows = slice(start, start + height)
+        part, band = part_of_row(parts, b, q.shape[2], k.shape[2], (below, above, diagonal))
+        key = k[b, h // group, part.k_begin : part.k_end]
+        for start in range(part.q_begin, part.q_end, height):
+            rows = slice(start, min(start + height, part.q_end))
             if large[b, h, rows].any():
-                tile = _sums_of(q[b, h], k[b, h // group], bias, rows, how, lse[b, h])
+                tile = _sums_of(q[b, h], key, bias, rows, (scale, softcap, *band), lse[b, h])
                 sums[b, h, rows] = torch.where(large[b, h, rows], tile, sums[b, h, rows])
     return sums
 
@@ -103,6 +114,7 @@ def _(
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
+    parts: Tensor | None,
     scale: float,
     softcap: float | None,
     below: int | None,

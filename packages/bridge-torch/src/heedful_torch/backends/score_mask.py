@@ -39,19 +39,22 @@ class Span(NamedTuple):
         rows: the queries that may see a key.
         columns: the keys that may be seen.
         hides: what position still hides between those: "nothing"; a "band", the keys j < i + below and
-            j > i + above; or "by rows", what only an array of offsets or lengths says.
+            j > i + above; "by lengths", a band that ends, for each batch row, at the last query and key
+            that its lengths leave; or "by rows", what only an array of offsets says.
         below, above: of a band, i and j counting from the first of `rows` and `columns`; None: nothing
-            is hidden on that side.
+            is hidden on that side. By lengths, of a row whose lengths are the arrays'.
     """
 
     rows: range
     columns: range
-    hides: Literal["nothing", "band", "by rows"]
+    hides: Literal["nothing", "band", "by lengths", "by rows"]
     below: int | None = None
     above: int | None = None
 
     def corner(self, problem: Problem) -> int | None:
-        """p_i − i, i and j counting as in `below`; None where rows of the batch differ."""
+        """p_i − i, i and j counting as in `below`; None where offsets of the batch differ."""
+        if self.hides == "by lengths":
+            return len(self.columns) - len(self.rows)
         if problem.q_offset is None:
             return None
         return problem.q_offset + self.rows.start - self.columns.start
@@ -62,9 +65,16 @@ def span_of(problem: Problem) -> Span:
     rows, columns = range(problem.q_length), range(problem.kv_length)
     if not problem.positional:
         return Span(rows, columns, "nothing")
-    if problem.q_offset is None:
-        return Span(rows, columns, "by rows")
     left, right = problem.band
+    if problem.q_offset is None and problem.q_offset_given:
+        return Span(rows, columns, "by rows")
+    if problem.q_offset is None:
+        corner = len(columns) - len(rows)
+        below, above = (
+            None if left is None else corner - left,
+            None if right is None else corner + right,
+        )
+        return Span(rows, columns, "by lengths", below, above)
     offset = problem.q_offset
     # Query i reaches from key i + offset - left to key i + offset + right.
     first = 0 if right is None else max(0, -offset - right)

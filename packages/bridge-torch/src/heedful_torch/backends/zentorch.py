@@ -25,7 +25,7 @@ from heedful_torch.backends.sdpa import LACKS, TAKES
 
 
 def _forward(asked: Arguments) -> Results:
-    q, k, v, mask, how = asked
+    q, k, v, mask, _, how = asked
     if mask is not None:  # it reads the keys' axis one after the other
         mask = mask.expand(*mask.shape[:3], k.shape[2]).contiguous()
     sdpa = torch.ops.zentorch.zentorch_sdpa

@@ -11,6 +11,9 @@ patched here, from outside and in this process alone, and why:
 - The backward kernels also take exp of the scores of queries and keys beyond the last, and multiply it
   by 0. Slopes of ALiBi below 0 let it grow to inf, and inf · 0 is NaN: `_bound_exp`.
 - The package insists that ALiBi's slopes lie on a GPU: `_let_slopes_lie_anywhere`.
+- Of packed sequences, one that sees no key gets an LSE for whole tiles of queries, over that of the next
+  ones and beyond the last, if causal is asked. And the LSE is (tokens, heads), where that of the CUDA
+  kernels, which the calls are written for, is (heads, tokens): `_mend_packed`.
 """
 
 import math
@@ -37,6 +40,7 @@ def load() -> Mapping[str, Callable[..., Any]]:
     with _for_every_device():
         import flash_attn  # type: ignore[import-not-found]  # noqa: F401  # an extra, imported to be patched
     _let_slopes_lie_anywhere()
+    _mend_packed()
 
     from heedful_torch.backends.flash_attn import calls_2
 
@@ -75,6 +79,65 @@ def _let_slopes_lie_anywhere() -> None:
         self.alibi_slopes = alibi_slopes
 
     MetaData.need_alibi = need_alibi
+
+
+def _mend_packed() -> None:
+    from flash_attn import flash_attn_interface
+
+    forward = flash_attn_interface._flash_attn_varlen_forward
+    backward = flash_attn_interface._flash_attn_varlen_backward
+
+    def of_tokens(
+        cu_q: torch.Tensor, cu_k: torch.Tensor, slopes: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Without the sequences of no tokens. Those that there are have queries and keys, both."""
+        some = cu_q.diff() > 0
+        cu_q, cu_k = (torch.cat([cu[:1], cu[1:][some]]) for cu in (cu_q, cu_k))
+        return cu_q, cu_k, slopes if slopes is None else slopes[some]
+
+    def mended_forward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        *told: Any,
+        alibi_slopes: torch.Tensor | None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        cu_q, cu_k, slopes = of_tokens(cu_q, cu_k, alibi_slopes)
+        if len(cu_q) == 1:
+            return torch.zeros_like(q), torch.zeros(q.shape[1], len(q)), q, q
+        options["alibi_slopes"] = slopes
+        out, lse, *others = forward(q, k, v, cu_q, cu_k, *told, **options)
+        return out, lse.T, *others
+
+    def mended_backward(
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        *told: Any,
+        alibi_slopes: torch.Tensor | None,
+        **options: Any,
+    ) -> None:
+        cu_q, cu_k, slopes = of_tokens(cu_q, cu_k, alibi_slopes)
+        if len(cu_q) == 1:
+            for gradient in (dq, dk, dv):
+                gradient.zero_()
+            return
+        lse, options["alibi_slopes"] = lse.T.contiguous(), slopes
+        backward(dout, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, *told, **options)
+
+    flash_attn_interface._flash_attn_varlen_forward = mended_forward
+    flash_attn_interface._flash_attn_varlen_backward = mended_backward
 
 
 def _mend_bfloat16() -> None:

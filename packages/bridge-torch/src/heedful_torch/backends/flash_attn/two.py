@@ -2,6 +2,10 @@
 
 On a CPU the Triton kernels run interpreted, in a process of their own, slowly: they are there to be
 compared with. The CUDA kernels have not been run here yet.
+
+Where lengths are given, what attends of each batch row becomes a sequence of the package's varlen
+functions. That costs copies of q, k and v, and going back of dout and out too (`packed`); to the kernels
+padding is nothing.
 """
 
 from functools import cache
@@ -70,12 +74,14 @@ CUDA = flash_attn_kernel(
     backward=_cuda_backward,
     masks="slopes",
     windows="around",
+    lengths=True,
     largest_head=256,
 )
 INTERPRETED = flash_attn_kernel(
     forward=_interpreted_forward,
     backward=_interpreted_backward,
     masks="slopes",
+    lengths=True,
     largest_head=256,
     opaque="torch:flash-attn-2",
 )
@@ -99,7 +105,7 @@ class FlashAttn2:
     name = "torch:flash-attn-2"
     automatic = None
     largest = 2**20
-    takes = TAKES | {"alibi_slopes"}
+    takes = TAKES | {"alibi_slopes", "q_lengths", "kv_lengths"}
 
     @property
     def deterministic(self) -> bool:

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 def _forward(asked: Arguments) -> Results:
-    q, k, v, _, how = asked
+    q, k, v, *_, how = asked
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, how.causal, False, scale=how.scale
     )
@@ -36,7 +36,7 @@ def _forward(asked: Arguments) -> Results:
 def _backward(
     dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    (q, k, v, _, how), (out, _, (its_lse, seed, offset)) = asked, results
+    (q, k, v, *_, how), (out, _, (its_lse, seed, offset)) = asked, results
     lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, its_lse, seed, offset, None, *lengths, 0.0, how.causal, scale=how.scale

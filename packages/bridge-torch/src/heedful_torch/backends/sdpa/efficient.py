@@ -61,7 +61,7 @@ def _aligned_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
 
 
 def _forward(asked: Arguments) -> Results:
-    q, k, v, mask, how = asked
+    q, k, v, mask, _, how = asked
     aligned, top = None, None
     if mask is not None:
         within, top = _within_range(mask)
@@ -79,7 +79,7 @@ def _forward(asked: Arguments) -> Results:
 def _backward(
     dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    (q, k, v, mask, how), (out, _, (its_lse, seed, offset)) = asked, results
+    (q, k, v, mask, _, how), (out, _, (its_lse, seed, offset)) = asked, results
     aligned = None
     if mask is not None:
         aligned = _aligned_mask(_within_range(mask)[0], (*q.shape[:3], k.shape[2]))

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 def _cpu_forward(asked: Arguments) -> Results:
-    q, k, v, mask, how = asked
+    q, k, v, mask, _, how = asked
     return Results(
         *aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, how.causal, attn_mask=mask, scale=how.scale
@@ -36,7 +36,7 @@ def _cpu_forward(asked: Arguments) -> Results:
 def _cpu_backward(
     dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    q, k, v, mask, how = asked
+    q, k, v, mask, _, how = asked
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, results.out, results.lse, 0.0, how.causal, attn_mask=mask, scale=how.scale
     )
@@ -44,7 +44,7 @@ def _cpu_backward(
 
 
 def _cuda_forward(asked: Arguments) -> Results:
-    q, k, v, _, how = asked
+    q, k, v, *_, how = asked
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, how.causal, False, scale=how.scale
     )
@@ -54,7 +54,7 @@ def _cuda_forward(asked: Arguments) -> Results:
 def _cuda_backward(
     dout: Tensor, asked: Arguments, results: Results, mask_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    (q, k, v, _, how), (out, lse, (seed, offset)) = asked, results
+    (q, k, v, *_, how), (out, lse, (seed, offset)) = asked, results
     lengths = (None, None, q.shape[2], k.shape[2])  # of dense sequences: no cumulative ones
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, *lengths, 0.0, how.causal, seed, offset, scale=how.scale
