@@ -79,7 +79,7 @@ Band = tuple[int | None, int | None, int | None]  # below, above and diagonal, a
 def part_of_row(
     parts: Tensor | None, b: int, q_length: int, kv_length: int, band: Band
 ) -> tuple[Part, Band]:
-    """A row's part, and the band there, i counting from the first query of all, j from the part's key."""
+    """A row's part, and the band there: i counts from the first query of all, j from the part's key."""
     if parts is None:
         return Part(0, q_length, 0, kv_length), band
     part = Part(*parts[b, 0].tolist())

@@ -1,6 +1,6 @@
 """What flash-attn 2 is called by: the functions that its public `flash_attn_func` is made of.
 
-Where lengths are given, `flash_attn_varlen_func` is. Not by these ones themselves, whose derivatives drop
+Where lengths are given, `flash_attn_varlen_func`. Not by these ones themselves, whose derivatives drop
 the cotangent of the LSE that they return: what they are made of lets the contract around a kernel mend
 that. A test shows that out and gradients are the same, bit for bit.
 """

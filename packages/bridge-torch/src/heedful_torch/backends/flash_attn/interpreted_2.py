@@ -11,6 +11,7 @@ patched here, from outside and in this process alone, and why:
 - The backward kernels also take exp of the scores of queries and keys beyond the last, and multiply it
   by 0. Slopes of ALiBi below 0 let it grow to inf, and inf · 0 is NaN: `_bound_exp`.
 - The package insists that ALiBi's slopes lie on a GPU: `_let_slopes_lie_anywhere`.
+- The backward kernels read dout by out's strides, and write dk and dv by k's: `_backward`.
 - Of packed sequences, one that sees no key gets an LSE for whole tiles of queries, over that of the next
   ones and beyond the last, if causal is asked. And the LSE is (tokens, heads), where that of the CUDA
   kernels, which the calls are written for, is (heads, tokens): `_mend_packed`.
@@ -25,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from heedful_torch.backends.flash_attn import calls_2
+from heedful_torch.backends.kernel import Arguments, Results
 from heedful_torch.worker import serve
 
 VERSIONS = {"flash-attn": "2.8.3", "triton": "3.7."}  # those that the patches are for
@@ -41,10 +44,20 @@ def load() -> Mapping[str, Callable[..., Any]]:
         import flash_attn  # type: ignore[import-not-found]  # noqa: F401  # an extra, imported to be patched
     _let_slopes_lie_anywhere()
     _mend_packed()
+    return {"forward": calls_2.forward, "backward": _backward}
 
-    from heedful_torch.backends.flash_attn import calls_2
 
-    return {"forward": calls_2.forward, "backward": calls_2.backward}
+def _backward(
+    dout: torch.Tensor, asked: Arguments, results: Results, mask_wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    def laid_out(x: torch.Tensor) -> torch.Tensor:
+        """(B, H, S, D) as (B, S, H, D) in memory, all alike."""
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    q, k, v = map(laid_out, asked[:3])
+    asked = asked._replace(q=q, k=k, v=v)
+    results = results._replace(out=laid_out(results.out))
+    return calls_2.backward(laid_out(dout), asked, results, mask_wanted)
 
 
 def _check_versions() -> None:
