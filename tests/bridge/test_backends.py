@@ -60,7 +60,7 @@ class TestZentorch(Contract, examples=30):
 class TestFlashAttn2(Contract, examples=5):
     backend = "torch:flash-attn-2"
     caller = TorchCaller(on_gpu=False)
-    accepts = frozenset({"lse", "basic", "scale", "value size", "causal"})
+    accepts = frozenset({"lse", "basic", "scale", "value size", "causal", "lengths"})
 
 
 class TestFlashAttn3(Contract, needs_gpu=True):

@@ -19,6 +19,7 @@ from heedful.call import Call
 from heedful_crosscheck.contract import REQUIRED
 from heedful_torch.backends.flash_attn import four, three, two
 from heedful_torch.backends.kernel import attend, limits
+from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.worker import WorkerError
 
 NAME = "torch:flash-attn-2"
@@ -129,6 +130,52 @@ def test_out_and_gradients_are_those_of_flash_attn_func(package, dtype, causal):
 
 
 @needs_flash_attn
+def test_with_lengths_they_are_those_of_flash_attn_varlen_func(package):
+    arrays, of_q, of_k = qkv(B=2, Sq=20, Sk=40), (7, 20), (40, 31)
+    lengths = {"q_lengths": torch.tensor(of_q), "kv_lengths": torch.tensor(of_k)}
+    dout = torch.randn_like(arrays[0])
+    out, lse = heedful.attention(*arrays, **lengths, causal=True, backend=NAME, return_lse=True)
+    got = out, *torch.autograd.grad(out, arrays, dout)
+
+    def rows(x, lengths):  # (B, H, S, D) → (tokens, H, D)
+        return torch.cat([x.detach()[b, :, :n].transpose(0, 1) for b, n in enumerate(lengths)])
+
+    each = of_q, of_k, of_k
+    ends = {
+        f"cu_seqlens_{n}": torch.tensor([0, *x]).cumsum(0, dtype=torch.int32)
+        for n, x in {"q": of_q, "k": of_k}.items()
+    }
+    own_out, own_lse, *own_gradients = package(
+        "answer",
+        "flash_attn_varlen_func",
+        [rows(x, lengths) for x, lengths in zip(arrays, each, strict=True)],
+        rows(dout, of_q),
+        {"causal": True, **ends, "max_seqlen_q": 20, "max_seqlen_k": 40},
+    )
+    for ours, own, lengths in zip(got, (own_out, *own_gradients), (of_q, *each), strict=True):
+        assert torch.equal(rows(ours, lengths), own)
+    assert torch.equal(rows(lse[..., None], of_q).squeeze(-1), own_lse)
+
+
+@needs_flash_attn
+def test_gradients_do_not_depend_on_how_tensors_lie():
+    """The package's Triton kernels read dout by out's strides, and write dv by those of k."""
+    q, k, v = (x.detach() for x in qkv())
+    dout = torch.randn_like(q)
+
+    def gradients(*arrays):
+        *primals, dout = arrays
+        primals = [x.requires_grad_() for x in primals]
+        return torch.autograd.grad(heedful.attention(*primals, backend=NAME), primals, dout)
+
+    right = gradients(q, k, v, dout)
+    q, dout, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, dout, v))
+    for arrays in ((q, k, v, dout.contiguous()), (q.contiguous(), k, v.contiguous(), dout)):
+        for ours, want in zip(gradients(*(x.detach() for x in arrays)), right, strict=True):
+            assert torch.equal(ours, want)
+
+
+@needs_flash_attn
 def test_it_says_what_computes():
     q, k, v = qkv()
     (verdict,) = (v for v in heedful.explain(q, k, v, backend=NAME).verdicts if v.name == NAME)
@@ -146,6 +193,15 @@ def test_it_says_what_computes():
     [
         ({"softcap": 5.0}, "its Triton kernels, which run on a CPU, ignore a softcap"),
         ({"window": (3, 0)}, "this kernel takes no mask, which window would need"),
+        (
+            {"causal": "top_left", "kv_lengths": torch.tensor([8])},
+            "beside kv_lengths this kernel aligns each row's last query with its last key, not with a "
+            "q_offset 0",
+        ),
+        (
+            {"causal": True, "q_offset": torch.tensor([3]), "q_lengths": torch.tensor([8])},
+            "this kernel takes no mask, which causal with a q_offset of its own a row would need",
+        ),
         ({"mask": torch.ones(33, 40, dtype=torch.bool)}, "does not take mask"),
         ({"bias": torch.ones(33, 40)}, "does not take bias"),
         ({"sinks": torch.ones(4)}, "does not take sinks"),
@@ -175,7 +231,7 @@ def test_float64_and_wide_heads_are_refused():
 class FlashAttnInterface(ModuleType):
     """`flash_attn.flash_attn_interface` by its documentation, in float64."""
 
-    def _probabilities(self, q, k, scale, causal, left, right, softcap, slopes=None):
+    def _probabilities(self, q, k, scale, causal, left, right, softcap, slopes=None, longest=None):
         assert left >= -1 and right >= -1 and scale > 0
         group = q.shape[2] // k.shape[2]
         q, k = (x.transpose(1, 2).double() for x in (q, k))
@@ -189,7 +245,9 @@ class FlashAttnInterface(ModuleType):
         if left >= 0:
             seen &= j >= p - left
         distance = (p - j).abs()
-        if causal and not 0 <= left < k.shape[2]:  # its alibi.h: the bias of a column alone
+        if causal and not 0 <= left < (
+            longest or k.shape[2]
+        ):  # its alibi.h: the bias of a column alone
             distance = -j.expand_as(seen)
         factor = 1 - (capped / softcap) ** 2 if softcap else 1.0
         if slopes is not None:
@@ -200,12 +258,12 @@ class FlashAttnInterface(ModuleType):
 
     def _flash_attn_forward(
         self, q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
-        alibi_slopes, return_softmax,
+        alibi_slopes, return_softmax, longest=None,
     ):  # fmt: skip
         assert not dropout_p and not return_softmax
         assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0
         told = softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
-        scores, _ = self._probabilities(q, k, *told)
+        scores, _ = self._probabilities(q, k, *told, longest)
         group = q.shape[2] // k.shape[2]
         values = v.transpose(1, 2).double().repeat_interleave(group, 1)
         out = (scores.softmax(-1) @ values).transpose(1, 2)
@@ -214,9 +272,10 @@ class FlashAttnInterface(ModuleType):
     def _flash_attn_backward(
         self, dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+        longest=None,
     ):  # fmt: skip
         told = softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
-        scores, slope = self._probabilities(q, k, *told)
+        scores, slope = self._probabilities(q, k, *told, longest)
         group = q.shape[2] // k.shape[2]
         wide = [x.transpose(1, 2).double() for x in (dout, q, k, v, out)]
         dout, q, k, v, out = (
@@ -231,6 +290,53 @@ class FlashAttnInterface(ModuleType):
         dq.copy_((ds @ k).transpose(1, 2))
         dk.copy_(grouped(ds.mT @ q).transpose(1, 2))
         dv.copy_(grouped(p.mT @ dout).transpose(1, 2))
+
+    def _sequences(self, q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, slopes):
+        """Of those that have queries and keys: both as slices, and their slopes."""
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert (
+            max_seqlen_q > 1 or q.shape[0] == len(cu_seqlens_q) - 1
+        )  # a query in each is believed
+        assert max_seqlen_q >= cu_seqlens_q.diff().max()
+        assert max_seqlen_k >= cu_seqlens_k.diff().max()
+        both = (
+            [slice(*x) for x in cu.unfold(0, 2, 1).tolist()] for cu in (cu_seqlens_q, cu_seqlens_k)
+        )
+        for n, (i, j) in enumerate(zip(*both, strict=True)):
+            if i.start < i.stop and j.start < j.stop:
+                yield i, j, None if slopes is None else slopes[n : n + 1]
+
+    def _flash_attn_varlen_forward(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        out = torch.full_like(q, 0 if zero_tensors else torch.nan)
+        lse = torch.full((q.shape[1], q.shape[0]), -torch.inf if zero_tensors else torch.nan)
+        told = dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+        ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        for i, j, slopes in self._sequences(q, *ends, alibi_slopes):
+            arrays = (x[None] for x in (q[i], k[j], v[j]))
+            of_it = self._flash_attn_forward(*arrays, *told, slopes, return_softmax, max_seqlen_k)
+            out[i], lse[:, i] = of_it[0][0], of_it[1][0]
+        return out, lse, None, None
+
+    def _flash_attn_varlen_backward(
+        self, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+        alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert softmax_lse.is_contiguous()
+        for x in (dq, dk, dv):
+            x.fill_(0 if zero_tensors else torch.nan)
+        told = dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+        ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        for i, j, slopes in self._sequences(q, *ends, alibi_slopes):
+            arrays = (x[None] for x in (dout[i], q[i], k[j], v[j], out[i], softmax_lse[:, i]))
+            gradients = (x[None] for x in (dq[i], dk[j], dv[j]))
+            self._flash_attn_backward(
+                *arrays, *gradients, *told, slopes, deterministic, longest=max_seqlen_k
+            )
 
 
 @pytest.fixture
@@ -319,6 +425,109 @@ def test_cuda_kernels_are_told_slopes_so_that_their_lse_is_right(options, length
         strict=True,
     ):
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=2e-5)
+
+
+PADDED = [  # of 9 queries and 14 keys
+    {"q_lengths": (9, 5, 0)},
+    {"kv_lengths": (14, 4, 0)},
+    {"q_lengths": (3, 9, 8), "kv_lengths": (14, 5, 11)},
+]
+ABOUT_THE_CORNER = [
+    {},
+    {"causal": True},
+    {"window": (5, 2)},
+    {"window": (6, None), "causal": True},
+    {"softcap": 3.0, "window": (None, 4)},
+    {"scale": -3.0, "causal": True},
+    {"alibi_slopes": True},
+    {"alibi_slopes": True, "causal": True},
+    {"alibi_slopes": True, "window": (5, 2)},
+]
+WHERE_A_ROW_ENDS = [
+    {"causal": "top_left"},
+    {"causal": True, "q_offset": -3, "alibi_slopes": True},
+    {"window": (3, 1), "q_offset": 4},
+]
+
+
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [(options, lengths) for options in ABOUT_THE_CORNER for lengths in PADDED]
+    + [(options, PADDED[0]) for options in WHERE_A_ROW_ENDS]
+    + [({"causal": True}, {"q_lengths": (1, 0, 1), "kv_lengths": (14, 4, 9)})],
+    ids=str,
+)
+def test_cuda_kernels_are_told_lengths(options, lengths):
+    """As packed sequences; what is padding may be NaN."""
+    Sq = max(lengths.get("q_lengths", (9,)))
+    q, k, v = (x.detach() for x in qkv(B=3, Sq=Sq, Sk=14, D=12))
+    slopes = torch.tensor([[0.5, -0.2, 0.1, 0.0]] * 3)
+    primals = [q, k, v, slopes] if "alibi_slopes" in options else [q, k, v]
+    dout, dlse = torch.randn_like(q), torch.randn(q.shape[:3])
+    options = options | {name: torch.tensor(x).int() for name, x in lengths.items()}
+    padded = [x.clone() for x in primals]
+    for b in range(3):
+        padded[0][b, :, lengths.get("q_lengths", (9,) * 3)[b] :] = torch.nan
+        for x in padded[1:3]:
+            x[b, :, lengths.get("kv_lengths", (14,) * 3)[b] :] = torch.nan
+    for x in padded:
+        x.requires_grad_()
+
+    def asked(primals):
+        return options | dict(zip(["alibi_slopes"], primals[3:], strict=False))
+
+    call = Call.of(*padded[:3], **asked(padded), return_lse=True)
+    assert not limits(two.CUDA, call.problem, two.FlashAttn2.takes)
+    out, lse = attend(two.CUDA, call.problem, call.operands)
+    loss = (out * dout).sum() + (torch.where(lse.isfinite(), lse, 0) * dlse).sum()
+    got = out, lse, *torch.autograd.grad(loss, padded)
+
+    arrays = [x.numpy() for x in (q, k, v, dout, dlse)]
+    numbers = {n: x.numpy() if torch.is_tensor(x) else x for n, x in asked(primals).items()}
+    *right, _dbias, _dsinks, dslopes = reference.attention(*arrays, **numbers)
+    for ours, want in zip(got, (*right, dslopes), strict=len(primals) == 4):
+        ours = ours.detach().double()
+        torch.testing.assert_close(ours, torch.from_numpy(want), rtol=1e-5, atol=2e-5)
+
+
+def test_rows_of_a_part_sum_to_what_they_sum_to_alone():
+    q, k, _ = (x.detach() for x in qkv(B=3, Sq=20, Sk=30, Hkv=4))
+    slopes = torch.tensor([0.5, -0.2, 0.1, 0.0]).view(1, 4, 1, 1)
+    lse = torch.full((3, 4, 20), 20.0)  # large, so that the rows are summed
+    parts = torch.tensor([[[0, 20, 0, 30]], [[3, 11, 2, 25]], [[4, 4, 9, 9]]]).int()
+    found = torch.full_like(lse, torch.nan)
+    for b, (q_begin, q_end, k_begin, k_end) in enumerate(parts[:, 0].tolist()):
+        corner = (k_end - k_begin) - (q_end - q_begin)
+        of_part = [x[b : b + 1, :, q_begin:q_end] for x in (q, lse)]
+        key = k[b : b + 1, :, k_begin:k_end]
+        band = corner - 6, corner + 1, corner
+        alone = row_sums(of_part[0], key, slopes, None, 3.0, 2.0, *band, of_part[1], False)
+        found[b] = 1
+        found[b, :, q_begin:q_end] = alone[0]
+        for x, begin, end in ((q, q_begin, q_end), (k, k_begin, k_end)):
+            x[b, :, :begin], x[b, :, end:] = torch.nan, torch.nan
+    got = row_sums(q, k, slopes, parts, 3.0, 2.0, 4, 11, 10, lse, True)
+    assert (found[:2] < 1).any()
+    torch.testing.assert_close(got, found)
+
+
+@pytest.mark.usefixtures("played")
+def test_lengths_hold_under_vmap():
+    arrays = [x.detach().unflatten(0, (2, 2)) for x in qkv(B=4, Sq=9, Sk=12, D=8)]
+    lengths = torch.tensor([[9, 4], [0, 7]])
+
+    def loss(q, k, v, lengths):
+        call = Call.of(q, k, v, causal=True, q_lengths=lengths, return_lse=True)
+        out, lse = attend(two.CUDA, call.problem, call.operands)
+        return out.sin().sum() + torch.where(lse.isfinite(), lse, 0).sum()
+
+    gradient = torch.func.grad(loss, (0, 1, 2))
+    mapped = torch.func.vmap(gradient)(*arrays, lengths)
+    for n in range(2):
+        one_by_one = gradient(*(x[n] for x in arrays), lengths[n])
+        for ours, want in zip(mapped, one_by_one, strict=True):
+            torch.testing.assert_close(ours[n], want)
 
 
 def test_slopes_about_another_diagonal_are_refused_by_name():
