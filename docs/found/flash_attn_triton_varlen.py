@@ -1,8 +1,8 @@
 """flash-attn's Triton kernels, causal: a sequence without keys overwrites the LSE of the next one.
 
 Where a tile of 64 queries sees no key, the forward kernel writes an LSE of 0 for all 64, also where the
-sequence has fewer; the last sequence's lie beyond the array. The next sequence's gradients are made of that
-LSE. They are made for AMD's GPUs; here Triton's interpreter runs them on a CPU, for which the package's
+sequence has fewer: over that of the next one, whose gradients are made of it, or beyond the array. The
+kernels are made for AMD's GPUs; here Triton's interpreter runs them on a CPU, for which the package's
 operators are registered for every device.
 
     python flash_attn_triton_varlen.py

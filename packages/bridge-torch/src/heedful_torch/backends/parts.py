@@ -19,11 +19,11 @@ from heedful_torch.backends.score_mask import Span
 
 
 class Part(NamedTuple):
-    """Of one batch row; or, of tensors (B,), of each.
+    """Of one batch row.
 
     Attributes:
-        q_begin, q_end: its queries.
-        k_begin, k_end: its keys.
+        q_begin, q_end: its queries, or none.
+        k_begin, k_end: its keys; none where there are no queries.
     """
 
     q_begin: int

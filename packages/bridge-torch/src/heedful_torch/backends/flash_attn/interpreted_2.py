@@ -117,10 +117,10 @@ def _mend_packed() -> None:
         *told: Any,
         alibi_slopes: torch.Tensor | None,
         **options: Any,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor | None, ...]:
         cu_q, cu_k, slopes = of_tokens(cu_q, cu_k, alibi_slopes)
         if len(cu_q) == 1:
-            return torch.zeros_like(q), torch.zeros(q.shape[1], len(q)), q, q
+            return torch.zeros_like(q), torch.zeros(q.shape[1], len(q)), None, None
         options["alibi_slopes"] = slopes
         out, lse, *others = forward(q, k, v, cu_q, cu_k, *told, **options)
         return out, lse.T, *others
