@@ -83,6 +83,7 @@ def test_lse_need_not_be_asked_for_and_a_wide_bias_stays_wide(tmp_path):
         ),
         ({"q": normal(6, 4, 8)}, r"q of case mine must be \(B, S, H, D\)"),
         ({"v": None}, "case mine lacks v"),
+        ({"mask_mod": lambda b, h, i, j: i >= j}, "mask_mod of case mine is a function"),
     ],
 )
 def test_what_is_no_call_is_not_saved(tmp_path, changed, message):

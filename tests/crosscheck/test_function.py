@@ -336,7 +336,11 @@ def test_its_framework_is_found_out_or_asked_for():
         ({"takes": ["causal"]}, ValueError, "where its queries stand is not said"),
         ({"takes": "causal"}, TypeError, "takes must be a list of names. Got 'causal'"),
         ({"takes": ["casual"]}, ValueError, "takes must be of value_dim, mask, .* Got 'casual'"),
-        ({"takes": ["dropout_rate"]}, ValueError, "Dropout's mask is each kernel's own"),
+        (
+            {"takes": ["dropout_rate"]},
+            ValueError,
+            "Got 'dropout_rate', which is not asked of functions",
+        ),
         ({"takes": ["scale"]}, ValueError, "no argument 'scale' for scale. It has q, k, v, causal"),
         ({"takes": ["segments=ids"]}, ValueError, "which is not one argument"),
         ({"takes": ["gqa", "lse=causal"]}, ValueError, "says which: lse="),

@@ -82,6 +82,11 @@ def save(path: str | Path, cases: Mapping[str, Mapping[str, Any]]) -> None:
         given = {name: x for name, x in call.items() if x is not None}
         arrays = {name: as_numpy(x) for name, x in given.items() if framework_of(x) is not None}
         options[case] = {name: _json(x) for name, x in given.items() if name not in arrays}
+        for name, x in options[case].items():
+            if callable(x):
+                raise InputError(
+                    f"{path}: {name} of case {case} is a function, and no file holds one."
+                )
         _checked(path, case, _widened(arrays), options[case], wide=False)
         tensors |= {f"{case}.{name}": np.array(x, order="C") for name, x in arrays.items()}
     path = Path(path)

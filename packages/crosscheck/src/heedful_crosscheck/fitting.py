@@ -11,6 +11,7 @@ from itertools import product
 
 import numpy as np
 
+from heedful import Problem
 from heedful.call import Call
 from heedful_crosscheck import combinations
 from heedful_crosscheck.cases import Case, of_row
@@ -53,6 +54,16 @@ def _fitted(
                     name = case.name if fits else f"{case.name}-fitted"
                     yield Case(name=name, group=case.group, **of_row(row))
                 break
+
+
+def takes(backend: FunctionBackend, case: Case, dtype: str) -> bool:
+    """Whether the function refuses nothing of a case but its LSE."""
+    inputs = case.inputs(0, dtype)
+    return _accepts(backend, Call.of(inputs.q, inputs.k, inputs.v, **inputs.options).problem)
+
+
+def _accepts(backend: FunctionBackend, problem: Problem) -> bool:
+    return problem.features <= backend.takes and not backend.reasons(problem)
 
 
 def _in_its_layout(backend: FunctionBackend, case: Case) -> Case:
@@ -137,5 +148,4 @@ def _takes(backend: FunctionBackend, row: Row) -> bool:
     arrays = {name: make(random, sizes) for name, make in normal.options.items()}
     case = Case(name="", group="", **parts | {"rank": 4})
     options = case.given(arrays, sizes.scores, dtype) | {"layout": "bhsd"}
-    problem = Call.of(q, k, v, **options).problem
-    return problem.features <= backend.takes and not backend.reasons(problem)
+    return _accepts(backend, Call.of(q, k, v, **options).problem)

@@ -38,7 +38,8 @@ ALSO: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 OF_SHAPES = ("grouped_heads", "value_dim")  # what a call asks for without an argument
-NOT_JUDGED = ("dropout_rate", "dropout_seed", "layout")
+# What no argument says: dropout's mask and functions of scores are each kernel's own.
+NOT_JUDGED = ("dropout_rate", "dropout_seed", "layout", "mask_mod", "score_mod")
 FEATURES = (*OF_SHAPES, *(o.name for o in OPTIONS if o.name not in NOT_JUDGED))
 POSITIONAL = ("causal", "window", "alibi_slopes")
 
@@ -197,8 +198,8 @@ def _arguments(takes: Collection[str]) -> dict[str, str | None]:
         features = ALSO.get(name, (name,))
         for feature in features:
             if feature not in FEATURES:
-                why = " Dropout's mask is each kernel's own." if feature in NOT_JUDGED else ""
-                raise ValueError(f"takes must be of {', '.join(_known())}. Got {name!r}.{why}")
+                why = ", which is not asked of functions" if feature in NOT_JUDGED else ""
+                raise ValueError(f"takes must be of {', '.join(_known())}. Got {name!r}{why}.")
             found[feature] = argument or (None if feature in OF_SHAPES else feature)
         if renamed and (len(features) > 1 or not argument):
             mend = f"Say {' and '.join(features)}, each with its own." if argument else "Name it."
