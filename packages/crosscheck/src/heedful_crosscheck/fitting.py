@@ -1,12 +1,13 @@
 """Which cases a described function is asked: those that are here, as far as it takes them.
 
 A function that takes causal and grouped heads would refuse nearly every row of the table, since in
-each much is asked at once. So each value that it refuses is replaced by one that it takes, in turn: of
-what is left, every two values still stand together wherever the rules allow it.
+each much is asked at once. So each value that it refuses is replaced by one that it takes, in turn; and
+of the whole table every two of the values that are left stand together, wherever both are taken.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations as pairs_of_names
 from itertools import product
 
 import numpy as np
@@ -20,6 +21,7 @@ from heedful_crosscheck.function_backend import FunctionBackend
 from heedful_crosscheck.recipes import FarLogits, Normal
 
 Allowed = Mapping[str, Sequence[str]]
+TRIED = 16  # rows, before two values are said not to go together
 
 
 def fitted(
@@ -44,16 +46,35 @@ def _fitted(
     allowed = _allowed(backend, dtypes) if cases else None
     if allowed is None:
         return
-    found = set()
+    found: dict[str, Row] = {}
     for number, case in enumerate(cases):
         for row in _replaced(case.row or {}, allowed, number):
             if _takes(backend, row):
                 if (written := combinations.written(row)) not in found:
-                    found.add(written)
-                    fits = row == case.row
-                    name = case.name if fits else f"{case.name}-fitted"
+                    found[written] = row
+                    name = case.name if row == case.row else f"{case.name}-fitted"
                     yield Case(name=name, group=case.group, **of_row(row))
                 break
+    if len(cases) == len(combinations.table()):
+        lacking = _lacking(backend, list(found.values()), allowed)
+        for number, more in enumerate(lacking, 1):
+            yield Case(name=f"fitted-{number:03}", group="combinations", **of_row(more))
+
+
+def _lacking(backend: FunctionBackend, rows: list[Row], allowed: Allowed) -> Iterator[Row]:
+    """Rows for the pairs of values that fitting tore apart: another row with both put into it."""
+    there = {pair for row in rows for pair in combinations.pairs_of(row)}
+    for one, other in pairs_of_names(FACTORS, 2):
+        for x, y in product(allowed[one], allowed[other]):
+            if frozenset(((one, x), (other, y))) in there:
+                continue
+            like = sorted(rows, key=lambda row: (row[one] != x) + (row[other] != y))
+            for row in ({**row, one: x, other: y} for row in like[:TRIED]):
+                if _takes(backend, row):
+                    there.update(combinations.pairs_of(row))
+                    rows.append(row)
+                    yield row
+                    break
 
 
 def takes(backend: FunctionBackend, case: Case, dtype: str) -> bool:
