@@ -423,6 +423,9 @@ def test_the_command_line_says_the_same(tmp_path, monkeypatch):
         "        p = np.exp(s - s.max(-1, keepdims=True))\n"
         "        return np.einsum('bhqk,bkhd->bqhd', p / p.sum(-1, keepdims=True), v)\n"
     )
+    with (tmp_path / "my_numpy_kernel.py").open("a") as module:
+        module.write("from heedful_crosscheck import Function\n")
+        module.write("mine = Function(kernels.attend, layout='bshd', name='mine')\n")
     monkeypatch.chdir(tmp_path)
     arguments = (
         "my_numpy_kernel:kernels.attend --layout bshd --takes scale=sm_scale --declines strides"
@@ -437,6 +440,9 @@ def test_the_command_line_says_the_same(tmp_path, monkeypatch):
     assert [r["reason"] for r in written["refusals"] if r["part"] == "everything"] == [
         "does not take softcap"
     ]
+    described = ["crosscheck", "my_numpy_kernel:mine", "--cases", "tiny", "--dtype", "float32"]
+    result = CliRunner().invoke(cli.app, described)
+    assert result.exit_code == 0 and "1 agree: numpy:mine. 1 runs" in result.output, result.output
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from heedful_crosscheck import Report
+    from heedful_crosscheck import Function, Report
 
 AGREE, DISAGREE, COULD_NOT_RUN = 0, 1, 2
 
@@ -55,7 +55,8 @@ def crosscheck(
         str | None,
         typer.Argument(
             metavar="[PACKAGE.MODULE:FUNCTION]",
-            help="An attention function, which is judged in place of the backends.",
+            help="An attention function, or a heedful_crosscheck.Function, which is judged in place "
+            "of the backends.",
         ),
     ] = None,
     backend: Backends = None,
@@ -181,9 +182,7 @@ def crosscheck(
         with _progress_bar() as bar:
             task = bar.add_task("", total=None)
             report = judge.crosscheck(
-                backend
-                if judged is None
-                else [judge.Function(judged, **conventions), *(backend or [])],
+                backend if judged is None else [_described(judged, conventions), *(backend or [])],
                 chosen or None,
                 dtype,
                 seed,
@@ -320,6 +319,14 @@ def _function(path: str) -> Callable[..., Any]:
             _stop(f"{module} has no {function}.")
         found = getattr(found, part)
     return found
+
+
+def _described(judged: Any, conventions: dict[str, Any]) -> "Function":
+    """The function with its conventions; one that is described in its module is taken as it is."""
+    from heedful_crosscheck import Function
+
+    described = isinstance(judged, Function) and not conventions
+    return judged if described else Function(judged, **conventions)
 
 
 def _integers(option: str, text: str) -> list[int]:
