@@ -33,8 +33,8 @@ WRONG = {
         {"color": "red"},
         TypeError,
         "unknown option 'color'. The options are mask, bias, causal, window, alibi_slopes, q_offset, "
-        "q_lengths, kv_lengths, q_segment_ids, kv_segment_ids, scale, softcap, sinks, "
-        "dropout_rate, dropout_seed, layout, return_lse.",
+        "q_lengths, kv_lengths, q_segment_ids, kv_segment_ids, scale, softcap, score_mod, mask_mod, "
+        "sinks, dropout_rate, dropout_seed, layout, return_lse.",
     ),
     "SDPA's name": (
         {"attn_mask": TRUE},

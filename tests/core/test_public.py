@@ -29,6 +29,7 @@ PUBLIC = {
     "Refusal",
     "attention",
     "backends",
+    "block_mask",
     "causal_flash_attention",
     "cosine_sim_flash_attention",
     "decode",

@@ -14,7 +14,7 @@ from heedful.flash.tiles import count, count_up
 
 
 def block_mask(
-    mask_mod: Callable[..., Any],
+    function: Callable[..., Any],
     B: int | None,
     H: int | None,
     Sq: int,
@@ -22,14 +22,14 @@ def block_mask(
     *,
     block_size: int = 128,
 ) -> BlockMask:
-    """`mask_mod` of `heedful.attention`, with whatever blocks of keys it hides found beforehand.
+    """A function that says which keys are seen, and beforehand of which blocks it hides all or nothing.
 
     By it `jax:flash` leaves out tiles of which it hides all, and asks nothing of those of which it hides
     nothing. What the function closes over is part of it, as it is now. Takes what FlexAttention's
     `create_block_mask` takes, but for the device.
 
     Args:
-        mask_mod: (b, h, q_idx, kv_idx) → boolean, in JAX.
+        function: (b, h, q_idx, kv_idx) → boolean, in JAX.
         B, H: how many batch rows and query heads it tells apart; None or 1: none.
         Sq, Sk: the lengths of the calls that it is for.
         block_size: queries and keys of a block.
@@ -44,7 +44,7 @@ def block_mask(
     for name, x in {**sizes, "block_size": block_size}.items():
         if not (is_integral(x) and x > 0):
             raise ValueError(f"{name} must be an integer of at least 1. Got {shown(x)}.")
-    program, closed = traced("mask_mod", mask_mod, None, "jax")
+    program, closed = traced("function", function, None, "jax")
     words = packed([program], closed, "jax").get("words")
     blocks = _blocks(
         program, (int(sizes["B"]), int(sizes["H"]), int(Sq), int(Sk)), int(block_size), words

@@ -132,9 +132,8 @@ def _softmax(
         slope = 1 / np.cosh(np.clip(scores / problem.softcap, -300, 300)) ** 2
         scores = problem.softcap * np.tanh(scores / problem.softcap)
     capped = scores
-    if problem.score_mod is not None:
-        scores, bend = part.pairs.modified(problem.score_mod, part.seen, capped)
-        slope = slope * bend
+    scores, bend = modified(problem, part, capped)
+    slope = slope * bend
     if part.bias is not None:
         scores = _add_bias(scores, part.bias, problem.accumulator)
     if part.slope:
@@ -151,6 +150,13 @@ def _softmax(
     weights = np.where(part.seen, exponentials / np.where(empty, 1, total), 0)
     lse = np.where(empty, -np.inf, highest + np.log(np.where(empty, 1, total)))
     return weights, lse[:, 0], slope, (of_sink / np.where(empty, 1, total))[:, 0], capped
+
+
+def modified(problem: Problem, part: "Part", scores: np.ndarray) -> tuple[np.ndarray, Any]:
+    """A part's capped scores as the caller's function makes them, and its slope there."""
+    if problem.score_mod is None:
+        return scores, 1
+    return part.pairs.modified(problem.score_mod, part.seen, scores)
 
 
 def _add_bias(scores: np.ndarray, bias: np.ndarray, accumulator: str) -> np.ndarray:

@@ -39,14 +39,14 @@ class Pairs(NamedTuple):
     ) -> "Pairs":
         return cls(*queries, shape, operands.floats, operands.words)
 
-    def shown(self, mask_mod: Program) -> np.ndarray:
+    def shown(self, mask: Program) -> np.ndarray:
         """Which keys it shows to them, (rows, Sk)."""
         every = np.arange(self.shape[0] * self.shape[1])
-        found = self._ask(_values, mask_mod, every) if len(every) else np.zeros(0, bool)
+        found = self._ask(_values, mask, every) if len(every) else np.zeros(0, bool)
         return found.reshape(self.shape)
 
     def modified(
-        self, score_mod: Program, seen: np.ndarray, scores: np.ndarray
+        self, function: Program, seen: np.ndarray, scores: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The scores as it makes them, and its slope at each, in their dtype.
 
@@ -56,12 +56,12 @@ class Pairs(NamedTuple):
         if seen.any():
             pairs = _seen_pairs(seen)
             found.flat[pairs], slopes.flat[pairs] = self._ask(
-                _values_and_slopes, score_mod, pairs, scores.flat[pairs]
+                _values_and_slopes, function, pairs, scores.flat[pairs]
             )
         return found, slopes
 
     def pulled_back(
-        self, score_mod: Program, seen: np.ndarray, scores: np.ndarray, d_scores: np.ndarray
+        self, function: Program, seen: np.ndarray, scores: np.ndarray, d_scores: np.ndarray
     ) -> Any:
         """The gradient of `floats`, from that of the modified scores."""
         if not seen.any():
@@ -69,7 +69,7 @@ class Pairs(NamedTuple):
         pairs = _seen_pairs(seen)
         once = np.arange(len(pairs)) < seen.sum()
         shares = np.where(once, d_scores.flat[pairs], 0)
-        return self._ask(partial(_pulled_back, shares=shares), score_mod, pairs, scores.flat[pairs])
+        return self._ask(partial(_pulled_back, shares=shares), function, pairs, scores.flat[pairs])
 
     def _ask(
         self, function: Callable[..., Any], program: Program, pairs: np.ndarray, *scores: np.ndarray

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from heedful import Problem
 from heedful.call.options import OPTIONS
+from heedful_crosscheck.factors import FUNCTIONS
 
 # What of the contract a function may decline by name, and what it says then.
 PROMISES: Mapping[str, str] = MappingProxyType(
@@ -39,7 +40,7 @@ ALSO: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 OF_SHAPES = ("grouped_heads", "value_dim")  # what a call asks for without an argument
 # What no argument says: dropout's mask and functions of scores are each kernel's own.
-NOT_JUDGED = ("dropout_rate", "dropout_seed", "layout", "mask_mod", "score_mod")
+NOT_JUDGED = ("dropout_rate", "dropout_seed", "layout", *FUNCTIONS)
 FEATURES = (*OF_SHAPES, *(o.name for o in OPTIONS if o.name not in NOT_JUDGED))
 POSITIONAL = ("causal", "window", "alibi_slopes")
 

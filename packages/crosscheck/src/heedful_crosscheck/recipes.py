@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from heedful.call.arrays import cast_like
-
 Arrays = dict[str, np.ndarray]
 Maker = Callable[[np.random.Generator], Arrays]
 
@@ -112,7 +110,8 @@ class Given:
 
 def bent(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
     """Scores that level off, less for keys that are far away, differently for each row and head."""
-    away = cast_like((h + b + 1) * abs(q_idx - kv_idx), score)
+    away = (h + b + 1) * abs(q_idx - kv_idx)
+    away = away.to(score.dtype) if hasattr(away, "to") else away.astype(score.dtype)
     return score / (1 + score * score / 64) ** 0.5 - 0.02 * away
 
 

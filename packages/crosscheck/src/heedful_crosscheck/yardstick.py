@@ -17,12 +17,12 @@ neither hides a fault, `tolerance` says.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from heedful import Operands, Problem
-from heedful.oracle import Part, parts, pull_back_added
+from heedful.oracle import Part, modified, parts, pull_back_added
 from heedful.rules.scores import added, capped
 
 Tensors = dict[str, np.ndarray]
@@ -174,7 +174,7 @@ def _attend_part(
     if "dsinks" in tensors:
         d_sink = (of_sink / divisor)[:, 0] * (d_lse - delta)
         tensors["dsinks"][0, part.queries[1]] += d_sink.sum()
-    d_product = rounded(d_scores if slope is None else d_scores * slope)
+    d_product = rounded(d_scores * slope)
     tensors["dq"][part.queries] = d_product @ k * scale
     tensors["dk"][part.keys] += d_product.T @ q * scale
     tensors["dv"][part.keys] += rounded(weights * part.kept).T @ d_out
@@ -236,13 +236,10 @@ def _product(scaled: Scaled, problem: Problem, q: np.ndarray, k: np.ndarray) -> 
             return (q * root) @ (k * np.copysign(root, scale)).T
 
 
-def _scores(
-    product: np.ndarray, problem: Problem, part: Part
-) -> tuple[np.ndarray, np.ndarray | None]:
+def _scores(product: np.ndarray, problem: Problem, part: Part) -> tuple[np.ndarray, Any]:
     """The scores, −inf where nothing is seen, and their slope by the product; (rows, Sk)."""
     scores, slope = capped(problem, product)
-    if problem.score_mod is not None:
-        scores, bend = part.pairs.modified(problem.score_mod, part.seen, scores)
-        slope = bend if slope is None else slope * bend
+    scores, bend = modified(problem, part, scores)
+    slope = bend if slope is None else slope * bend
     scores = added(part.added, part.distance, scores)
     return np.where(part.seen, scores, -np.inf), slope

@@ -56,6 +56,7 @@ def _forward(function: Callable[[], Callable[..., Any]], lse: bool, asked: Argum
     q, k, v, additive, _, how = asked
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, q_length, _ = q.shape
+    modify, (row, column) = how.functions.get("score_mod"), how.first
 
     def added(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         assert additive is not None
@@ -75,8 +76,11 @@ def _forward(function: Callable[[], Callable[..., Any]], lse: bool, asked: Argum
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if how.softcap is not None:
             s = how.softcap * torch.tanh(s / how.softcap)
+        if modify is not None:
+            s = modify.function(s, b, h, i + row, j + column)
         return s if additive is None else s + added(b, h, i, j)
 
+    changed = additive is not None or how.softcap is not None or modify is not None
     hidden = additive is not None or how.below is not None or how.above is not None
     mask_heads = None if additive is None or additive.shape[1] == 1 else heads
     mask_batch = None if additive is None or additive.shape[0] == 1 else batch
@@ -87,7 +91,7 @@ def _forward(function: Callable[[], Callable[..., Any]], lse: bool, asked: Argum
             q,
             k,
             v,
-            score_mod=score if how.softcap is not None or additive is not None else None,
+            score_mod=score if changed else None,
             block_mask=create_block_mask(sees, mask_batch, mask_heads, *lengths, device=q.device)
             if hidden
             else None,
@@ -116,7 +120,11 @@ class FlexAttention:
 
     name = "torch:flex"
     automatic = None
-    takes = FEATURES | ADDED | {"grouped_heads", "return_lse", "scale", "softcap", "value_dim"}
+    takes = (
+        FEATURES
+        | ADDED
+        | {"grouped_heads", "return_lse", "scale", "score_mod", "softcap", "value_dim"}
+    )
 
     @property
     def deterministic(self) -> bool:

@@ -26,8 +26,9 @@ package does around it, and what the contract asks beyond that, is here:
 
 import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,6 +65,8 @@ class How(NamedTuple):
             where it is elsewhere than the arrays', the band is so, too.
         diagonal: where the mask holds slopes of ALiBi, slope · |i + diagonal − j| is taken off the
             scores, of parts likewise; None: it holds what is added.
+        functions: the problem's, for a kernel whose backend takes them.
+        first: the numbers of the first query and key, as these count them.
     """
 
     scale: float
@@ -71,6 +74,8 @@ class How(NamedTuple):
     below: int | None = None
     above: int | None = None
     diagonal: int | None = None
+    functions: Mapping[str, Any] = MappingProxyType({})
+    first: tuple[int, int] = (0, 0)
 
     @property
     def causal(self) -> bool:
@@ -352,6 +357,8 @@ def _attend(kernel: Kernel, problem: Problem, operands: Operands) -> tuple[Tenso
             parts = parts_of(problem, operands, place)
             sees = queries_within(parts, len(rows)).unsqueeze(-1)
 
+    if problem.functions:
+        how = how._replace(functions=problem.functions, first=(rows.start, columns.start))
     if factor != 1:
         q = factor * q
     arguments = Arguments(q, k, v, additive, parts, how)
@@ -595,7 +602,7 @@ def _fused_backward(
             dmask, mask_wanted = _mask_gradient(dout, dlse, asked), False
         if dlse is not None:
             q, k, v = _with_lse_columns(kernel, q, k, v)
-        sums = row_sums(q, k, mask, parts, *how, lse, widened=dlse is not None)
+        sums = row_sums(q, k, mask, parts, *how[:5], lse, widened=dlse is not None)
         dout = (dout / sums.unsqueeze(-1)).to(out.dtype)
         if dlse is not None:
             dout, out = _with_lse_cotangent(dlse / sums, dout, out, v.shape[-1])
@@ -700,7 +707,7 @@ def _mask_gradient(dout: Tensor, dlse: Tensor | None, asked: Arguments) -> Tenso
     assert mask is not None  # it is wanted of
     gradient, group = torch.zeros_like(mask), q.shape[1] // k.shape[1]
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        part, (below, above, diagonal) = part_of_row(parts, b, q.shape[2], k.shape[2], how[2:])
+        part, (below, above, diagonal) = part_of_row(parts, b, q.shape[2], k.shape[2], how[2:5])
         keys = slice(part.k_begin, part.k_end)
         key, value = (x[b, h // group, keys].to(mask.dtype) for x in (k, v))
         j = torch.arange(len(key), device=q.device)

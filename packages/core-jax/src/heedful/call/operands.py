@@ -31,7 +31,7 @@ class Operands(NamedTuple):
         floats, words: (1 or B, 1, ·), what the problem's functions close over (see `call.functions`):
             of the accumulator's dtype, and int32.
         blocks: int8, (1 or B, 1 or Hq, ·, ·), of each block of `block_size` queries and keys whether
-            `mask_mod` hides all of it (0), some (1) or nothing (2).
+            nothing of it is seen (0), some (1) or all (2).
     """
 
     q: Array

@@ -577,19 +577,6 @@ OPTIONS = (  # in the order in which they are read
         },
     ),
     Option(
-        "mask_mod",
-        default=None,
-        read=_read_mask_mod,
-        asked=lambda problem: problem.mask_mod is not None,
-        elsewhere={"block_mask": "mask_mod=, a function or what heedful.block_mask makes of one"},
-    ),
-    Option(
-        "score_mod",
-        default=None,
-        read=_read_score_mod,
-        asked=lambda problem: problem.score_mod is not None,
-    ),
-    Option(
         "bias",
         default=None,
         read=_read_bias,
@@ -677,6 +664,19 @@ OPTIONS = (  # in the order in which they are read
         read=_read_softcap,
         asked=lambda problem: problem.softcap is not None,
         elsewhere={"logits_soft_cap": "softcap="},
+    ),
+    Option(
+        "score_mod",
+        default=None,
+        read=_read_score_mod,
+        asked=lambda problem: problem.score_mod is not None,
+    ),
+    Option(
+        "mask_mod",
+        default=None,
+        read=_read_mask_mod,
+        asked=lambda problem: problem.mask_mod is not None,
+        elsewhere={"block_mask": "mask_mod=, a function or what heedful.block_mask makes of one"},
     ),
     Option(
         "sinks",

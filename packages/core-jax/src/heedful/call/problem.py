@@ -154,7 +154,7 @@ class Problem:
     @property
     def functions(self) -> dict[str, Any]:
         """The options that are functions, by name."""
-        given = {"mask_mod": self.mask_mod, "score_mod": self.score_mod}
+        given = {"score_mod": self.score_mod, "mask_mod": self.mask_mod}
         return {name: x for name, x in given.items() if x is not None}
 
     @property

@@ -8,7 +8,7 @@ batch of matrices.
 
 import os
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from heedful.call.problem import Problem
 from heedful.flash.tiles import Tiles, count_up, cut, start
 from heedful.rules.dropout import kept
 from heedful.rules.place import Place
-from heedful.rules.scores import added, capped, distance, modified
+from heedful.rules.scores import added, capped, distance, modified, modified_with_slope
 from heedful.rules.visibility import of_key_heads, visible
 
 
@@ -209,7 +209,7 @@ class Scores(NamedTuple):
         scores: scaled, capped, modified, biased, −inf where nothing is seen.
         slope: the derivative of the score by the scaled product; None where that is 1.
         highest: the largest score of each query, (n, queries).
-        capped: the scores before score_mod and bias, (b, h·g, queries, keys).
+        capped: the scores before the caller's function and bias, (b, h·g, queries, keys).
     """
 
     scores: Array
@@ -233,9 +233,8 @@ def scores(problem: Problem, tiles: Tiles, tile: Tile, q: Array, k: Array) -> Sc
         s = product * problem.scale
     s, slope = capped(problem, s)
     before = s = unfold_queries(problem, tiles, s)
-    if problem.score_mod is not None:
-        modify = partial(modified, problem, tile.operands, tile.place, tile.see)
-        s, bend = jax.jvp(modify, (s,), (jnp.ones_like(s),))
+    s, bend = modified_with_slope(problem, tile.operands, tile.place, tile.see, s)
+    if bend is not None:
         bend = bend.reshape(product.shape)
         slope = bend if slope is None else slope * bend
     s = added(tile.operands, tile.distance, s)
@@ -258,8 +257,8 @@ def beside_product(problem: Problem, tile: Tile, operands: Operands, capped: Arr
 
 
 def of_seen(problem: Problem, tile: Tile, parts: Any) -> Any:
-    """What a tile adds to sums: nothing, where there was no place to ask score_mod (see `modified`)."""
-    if problem.score_mod is None or tile.see is None:
+    """What a tile adds to sums: nothing, where there was no place to ask (see `rules.scores`)."""
+    if not problem.functions or tile.see is None:
         return parts
     seen = tile.see.any()
     return jax.tree.map(lambda x: jnp.where(seen, x, 0), parts)

@@ -10,6 +10,7 @@ so for every order of derivative.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +53,17 @@ def modified(
         first = jnp.unravel_index(see.argmax(), see.shape)
         at = tuple(jnp.where(see, x, _at(x, first)) for x in at)
     return problem.score_mod(operands.floats, operands.words, scores, *at)
+
+
+def modified_with_slope(
+    problem: Problem, operands: Operands, place: Place, see: Array | None, scores: Array
+) -> tuple[Array, Array | None]:
+    """`modified`, and its slope at each score; None where that is 1."""
+    if problem.score_mod is None:
+        return scores, None
+    modify = partial(modified, problem, operands, place, see)
+    found: tuple[Array, Array] = jax.jvp(modify, (scores,), (jnp.ones_like(scores),))
+    return found
 
 
 def _at(x: Array, index: Sequence[Array]) -> Array:
