@@ -33,11 +33,11 @@ LARGEST = {"d": 64, "seqlen": 200, "seqlen_q,seqlen_k": 256, "paged_kv_block_siz
 FEW = 2
 ASKED = {
     "test_flash_attn_output": 4,
-    "test_flash_attn_causal": 6,
+    "test_flash_attn_causal": 4,
     "test_flash_attn_splitkv": 4,
-    "test_flash_attn_kvcache": 40,
-    "test_flash_attn_bwd_overflow": 10,
-    "test_flash_attn_bwd_transpose": 6,
+    "test_flash_attn_kvcache": 20,
+    "test_flash_attn_bwd_overflow": 4,
+    "test_flash_attn_bwd_transpose": 4,
     "test_flash_attn_bwd_varlen_overflow": 1,
     "test_flash_attn_deterministic": 4,
     "test_flash_attn_varlen_deterministic": 1,

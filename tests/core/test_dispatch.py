@@ -608,6 +608,8 @@ ASKING = {
     "kv_segment_ids": dict.fromkeys(("q_segment_ids", "kv_segment_ids"), jnp.zeros((1, 3), int)),
     "scale": {"scale": 1.0},
     "softcap": {"softcap": 1.0},
+    "score_mod": {"score_mod": lambda score, b, h, i, j: score},
+    "mask_mod": {"mask_mod": lambda b, h, i, j: i >= j},
     "sinks": {"sinks": jnp.zeros(2)},
     "alibi_slopes": {"alibi_slopes": jnp.zeros(2)},
     "dropout_rate": {"dropout_rate": 0.5, "dropout_seed": 1},

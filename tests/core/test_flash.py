@@ -465,7 +465,8 @@ def test_tiles_seen_are_exactly_those_with_a_visible_pair(
     ):
         for i in range(-(-see.shape[0] // own)):
             begin = start(jnp.int32(i), see.shape[0], own)
-            first, clear, clear_end, end = (int(n) for n in seen(problem, operands, tiles, begin))
+            met = seen(problem, operands, tiles, begin)[:4]
+            first, clear, clear_end, end = map(int, met)
             rows = see[begin : begin + own]
             for j in range(-(-see.shape[1] // other)):
                 tile = rows[:, j * other : (j + 1) * other]

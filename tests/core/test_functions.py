@@ -181,8 +181,9 @@ def test_a_block_mask_says_of_each_block_what_its_function_says():
         assert mask.blocks[n] == int(block.any()) + int(block.all())
 
 
-@pytest.mark.parametrize("size", [3, 8, 128])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 2)}], ids=str)
+@pytest.mark.parametrize(
+    ("size", "options"), [(3, {"causal": True}), (128, {"window": (9, 2)})], ids=str
+)
 def test_with_a_block_mask_the_answer_is_the_same(size, options):
     @jax.jit  # a mask is a pytree
     def by_blocks(q, k, v, mask):

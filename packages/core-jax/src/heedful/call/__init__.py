@@ -4,8 +4,8 @@
                          Problem    what is asked, no array data; the contract (problem.py)
                          Operands   the arrays, (B, H, S, D) (operands.py)
 
-`checks.py` checks q, k and v, `options.py` all else, an entry for each option. Nothing behind this
-folder looks at what the caller passed.
+`checks.py` checks q, k and v, `options.py` all else, an entry for each option; `functions.py` makes
+programs of those that are functions. Nothing behind this folder looks at what the caller passed.
 """
 
 from collections.abc import Mapping

@@ -123,13 +123,21 @@ class Program:
 
 @dataclass(frozen=True)
 class TorchFunction:
-    """The same of torch tensors."""
+    """A function of torch tensors, and the option's name.
 
+    Called as a `Program` is, it says what is seen.
+    """
+
+    name: str
     function: Callable[..., Any]
 
     def __call__(self, floats: None, words: None, *arrays: Array) -> Array:
-        """As of a `Program`, in torch."""
-        return _over_axes(sys.modules["torch"].vmap, self.function, 4, arrays)
+        found = _over_axes(sys.modules["torch"].vmap, self.function, 4, arrays)
+        if (dtype := dtype_of(found)) != "bool":
+            raise TypeError(
+                f"{self.name} must give one number of bool. Got {dtype}. True is visible."
+            )
+        return found
 
 
 def _over_axes(

@@ -411,8 +411,11 @@ def _read_mask_mod(function: Any, known: Known) -> dict[str, Any]:
 def _read_function(name: str, function: Any, known: Known, of_score: str | None) -> dict[str, Any]:
     if known.framework == "torch":
         if not callable(function):
-            raise TypeError(f"{name} must be a function of torch tensors. Got {shown(function)}.")
-        return {name: TorchFunction(function)}
+            raise TypeError(
+                f"{name} must be a function of torch tensors. Got {shown(function)}. "
+                "Of a block mask pass the function that it is of."
+            )
+        return {name: TorchFunction(name, function)}
     before = [
         slot
         for program in known.fields.values()
