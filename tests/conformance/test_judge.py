@@ -36,7 +36,7 @@ REDUCED = (
     ("softcap-bias", "large-logits"),
     ("tiny", "one-key"),
     ("from-torch", "from-jax-masked"),
-    ("combination-124", "combination-148"),
+    ("combination-077", "combination-163"),
     ("minilm-layer0",),
 )
 

@@ -382,7 +382,7 @@ def quick() -> tuple[Case, ...]:
 
 
 def share_of_pairs(cases: Iterable[Case]) -> str:
-    """How much of the table some cases are, in words: "40 of 178 combinations, …"."""
+    """How much of the table some cases are, in words: "40 of 177 combinations, …"."""
     rows, table = [case.row for case in cases if case.row is not None], combinations.table()
     return (
         f"{len(rows)} of {len(table)} combinations, in which {combinations.pairs(rows)} of "
