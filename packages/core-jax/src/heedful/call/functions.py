@@ -60,14 +60,14 @@ class Program:
     """A function of numbers: b, h, i and j, and the score before them where it has one.
 
     Attributes:
-        jaxpr: what it computes; its constants are what it closes over.
-        slots: theirs.
+        jaxpr: what it computes, of what it closes over and then of numbers.
+        slots: of what it closes over.
         text: what makes it equal to another.
-        uses: which of its arguments play a part.
+        uses: which of the numbers play a part.
         wide: the same in float64, where NumPy calls.
     """
 
-    jaxpr: Jaxpr = field(repr=False)
+    jaxpr: ClosedJaxpr = field(repr=False)
     slots: tuple[Slot, ...]
     text: Any = field(repr=False)
     uses: tuple[bool, ...] = field(repr=False)
@@ -75,11 +75,18 @@ class Program:
 
     @classmethod
     def of(cls, found: ClosedJaxpr, slots: tuple[Slot, ...], function: Callable[..., Any]) -> Self:
-        """A traced function, with the slots of what it closes over."""
-        jaxpr = found.jaxpr
+        """A traced function, with the slots of what it closes over, of which it keeps nothing."""
+
+        def hoisted(closed: Sequence[Array], *numbers: Array) -> list[Array]:
+            return jaxpr_as_fun(ClosedJaxpr(found.jaxpr, closed))(*numbers)
+
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in found.consts]
+        numbers = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in found.in_avals]
+        whole = jax.make_jaxpr(hoisted)(shapes, *numbers)
+        jaxpr = whole.jaxpr
         used = {id(x) for x in (*(x for e in jaxpr.eqns for x in e.invars), *jaxpr.outvars)}
-        uses = tuple(id(x) in used for x in jaxpr.invars)
-        return cls(jaxpr, slots, _text(jaxpr, _by_identity(function)), uses)
+        uses = tuple(id(x) in used for x in jaxpr.invars[len(shapes) :])
+        return cls(whole, slots, _text(whole, _by_identity(function)), uses)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and (self.slots, self.text) == (other.slots, other.text)
@@ -98,9 +105,9 @@ class Program:
 
     def of_numbers(self, closed: Sequence[Array], *numbers: Array) -> Array:
         """The function itself; of each array that it closes over all of one row."""
-        avals: list[Any] = [v.aval for v in self.jaxpr.constvars]
-        closed = [x.astype(aval.dtype) for x, aval in zip(closed, avals, strict=True)]
-        found: Array = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, closed))(*numbers)[0]
+        avals: Sequence[Any] = self.jaxpr.in_avals
+        closed = [x.astype(aval.dtype) for x, aval in zip(closed, avals, strict=False)]
+        found: Array = jaxpr_as_fun(self.jaxpr)(*closed, *numbers)[0]
         return found
 
     def __call__(self, floats: Array | None, words: Array | None, *arrays: Array) -> Array:
@@ -216,19 +223,25 @@ def traced(
             f"{name} is not traced on a mesh with explicit axes, of which each of its operations would "
             "speak. Make them jax.sharding.AxisType.Auto, or call within jax.sharding.auto_axes."
         )
-    found = _trace(name, function, of_score)
-    _check_result(name, found.out_avals, of_score)
-    slots = []
-    for x in found.consts:
-        _check_closed_over(name, x, of_score)
-        differentiated = of_score is not None and dtype_of(x) == of_score
-        slots.append(Slot(differentiated, 0, tuple(x.shape), dtype_of(x)))
-    program = Program.of(found, _behind(before, slots), function)
+    with _float64_for(of_score):
+        found = _trace(name, function, of_score)
+        _check_result(name, found.out_avals, of_score)
+        slots = []
+        for x in found.consts:
+            _check_closed_over(name, x, of_score)
+            differentiated = of_score is not None and dtype_of(x) == of_score
+            slots.append(Slot(differentiated, 0, tuple(x.shape), dtype_of(x)))
+        program = Program.of(found, _behind(before, slots), function)
     if framework == "numpy" and of_score:
-        # What it casts itself is not as wide.
-        wide = _trace(name, function, "float64")
-        program = replace(program, wide=Program.of(wide, program.slots, function))
+        with _float64_for("float64"):  # but for what it casts itself
+            wide = Program.of(_trace(name, function, "float64"), program.slots, function)
+        program = replace(program, wide=wide)
     return program, tuple(found.consts)
+
+
+def _float64_for(dtype: str | None) -> contextlib.AbstractContextManager[object]:
+    """NumPy's calls have float64 where JAX has none."""
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
 
 
 def _trace(name: str, function: Callable[..., Any], of_score: str | None) -> ClosedJaxpr:
@@ -236,8 +249,7 @@ def _trace(name: str, function: Callable[..., Any], of_score: str | None) -> Clo
     if of_score:
         numbers = [jax.ShapeDtypeStruct((), of_score), *numbers]
     try:
-        with jax.enable_x64(True) if of_score == "float64" else contextlib.nullcontext():
-            return jax.make_jaxpr(function)(*numbers)
+        return jax.make_jaxpr(function)(*numbers)
     except Exception as error:  # whatever the caller's own code raises
         raise TypeError(
             f"{name} must be a function of JAX numbers, {'score, ' if of_score else ''}b, h, q_idx and "
@@ -299,10 +311,9 @@ def _text(x: Any, owner: Any) -> Any:
     What JAX makes anew whenever it traces, the rules of `jax.custom_jvp` for one, counts as the owner's:
     with the same function it is the same.
     """
-    if isinstance(x, ClosedJaxpr):
-        baked = tuple((str(np.shape(c)), np.asarray(c).tobytes()) for c in x.consts)
-        return _text(x.jaxpr, owner), baked
-    if isinstance(x, Jaxpr):
+    if isinstance(x, ClosedJaxpr | Jaxpr):  # from jax 0.12 on the same
+        baked = tuple((str(np.shape(c)), np.asarray(c).tobytes()) for c in getattr(x, "consts", ()))
+        x = getattr(x, "jaxpr", x)
         numbers: dict[Any, int] = {}
 
         def operand(v: Any) -> Any:
@@ -320,7 +331,7 @@ def _text(x: Any, owner: Any) -> Any:
             )
             for e in x.eqns
         )
-        return ins, equations, tuple(map(operand, x.outvars))
+        return ins, equations, tuple(map(operand, x.outvars)), baked
     if isinstance(x, Mapping):
         return tuple((key, _text(x[key], owner)) for key in sorted(x))
     if isinstance(x, tuple | list):
