@@ -389,7 +389,7 @@ def test_what_a_row_of_them_sums_to_is_asked_only_where_it_is_large(monkeypatch)
     q, k, _ = qkv(Sq=40)
     lse = torch.full((2, 4, 40), 15.9)
     lse[1, 2, :32:3], lse[0, 0, 0], lse[0, 0, 1] = -17.0, torch.inf, torch.nan
-    sums = row_sums.row_sums(q, k, None, 1.0, None, None, None, None, lse, False)
+    sums = row_sums.row_sums(q, k, None, None, 1.0, None, None, None, None, lse, False)
     assert (sums[1, 2, :32:3] == -17).all()
     assert (sums == 1).sum() == 2 * 4 * 40 - 11
     assert asked == [slice(0, 32)]
@@ -398,7 +398,7 @@ def test_what_a_row_of_them_sums_to_is_asked_only_where_it_is_large(monkeypatch)
 def test_the_operator_of_the_sums_is_well_formed():
     q, k, _ = (x.detach() for x in qkv())
     lse = torch.full((2, 4, 6), 20.0)
-    arguments = (q, k, normal(1, 1, 6, 9), 1.0, 30.0, -2, 3, None, lse, True)
+    arguments = (q, k, normal(1, 1, 6, 9), None, 1.0, 30.0, -2, 3, None, lse, True)
     torch.library.opcheck(torch.ops.heedful.row_sums, arguments)
 
 
@@ -409,7 +409,7 @@ def test_the_sums_are_over_what_is_seen_of_scores_as_they_are_capped():
     scores = torch.where(seen, scores, -torch.inf)
     lse = scores.logsumexp(-1) + 0.1
     assert (lse > row_sums.HARMLESS).all()
-    sums = row_sums.row_sums(q, k, None, 0.5, 30.0, 3, 600, None, lse, False)
+    sums = row_sums.row_sums(q, k, None, None, 0.5, 30.0, 3, 600, None, lse, False)
     torch.testing.assert_close(sums, torch.exp(scores - lse[..., None]).sum(-1))
 
 
