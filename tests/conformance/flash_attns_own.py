@@ -35,7 +35,7 @@ ASKED = {
     "test_flash_attn_output": 4,
     "test_flash_attn_causal": 4,
     "test_flash_attn_splitkv": 4,
-    "test_flash_attn_kvcache": 20,
+    "test_flash_attn_kvcache": 10,
     "test_flash_attn_bwd_overflow": 4,
     "test_flash_attn_bwd_transpose": 4,
     "test_flash_attn_bwd_varlen_overflow": 1,

@@ -56,7 +56,7 @@ def _forward(function: Callable[[], Callable[..., Any]], lse: bool, asked: Argum
     q, k, v, additive, _, how = asked
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, q_length, _ = q.shape
-    modify, (row, column) = how.functions.get("score_mod"), how.first
+    modify, (row, column) = (how.functions or {}).get("score_mod"), how.first
 
     def added(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         assert additive is not None

@@ -28,7 +28,6 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -74,7 +73,7 @@ class How(NamedTuple):
     below: int | None = None
     above: int | None = None
     diagonal: int | None = None
-    functions: Mapping[str, Any] = MappingProxyType({})
+    functions: Mapping[str, Any] | None = None
     first: tuple[int, int] = (0, 0)
 
     @property
