@@ -10,7 +10,7 @@ import pytest
 from judged import judge
 
 import heedful
-from heedful import oracle
+from heedful import oracle, pairs
 from heedful.call import Call
 from heedful.call.form import Form
 from heedful_crosscheck import crosscheck, memory_needed, question, tolerance, yardstick
@@ -277,7 +277,14 @@ def test_what_is_left_beside_a_sink_far_above_all_keys_is_nothing_to_judge_by():
 def test_the_oracle_and_the_judge_import_no_rule_of_the_kernels():
     """Problem says what is asked; everything else of heedful is on trial."""
     allowed = {
-        oracle: {"heedful.call.arrays", "heedful.call.operands", "heedful.call.problem"},
+        oracle: {
+            "heedful.call.arrays",
+            "heedful.call.operands",
+            "heedful.call.problem",
+            "heedful.pairs",
+        },
+        # What the caller's own functions are is no rule.
+        pairs: {"heedful.call.functions", "heedful.call.operands", "heedful.compiled"},
         yardstick: {"heedful", "heedful.oracle", "heedful.rules.scores"},
         tolerance: set(),
         question: {"heedful", "heedful.call"},
@@ -288,6 +295,10 @@ def test_the_oracle_and_the_judge_import_no_rule_of_the_kernels():
         "Operands",
         "Problem",
         "Part",
+        "Pairs",
+        "Program",
+        "compiled",
+        "modified",
         "pull_back_added",
         "added",
         "capped",
