@@ -5,6 +5,7 @@ that backends ask them about. In float64 they are what they were traced to be th
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,18 +70,20 @@ class Pairs(NamedTuple):
         pairs = _seen_pairs(seen)
         once = np.arange(len(pairs)) < seen.sum()
         shares = np.where(once, d_scores.flat[pairs], 0)
-        return self._ask(partial(_pulled_back, shares=shares), function, pairs, scores.flat[pairs])
+        return self._ask(_pulled_back, function, pairs, shares, scores.flat[pairs])
 
     def _ask(
-        self, function: Callable[..., Any], program: Program, pairs: np.ndarray, *scores: np.ndarray
+        self, function: Callable[..., Any], program: Program, pairs: np.ndarray, *asked: np.ndarray
     ) -> Any:
-        wide = bool(scores) and scores[0].dtype == np.float64
+        """A function below, of what is asked of each pair and of its place."""
+        wide = bool(asked) and asked[0].dtype == np.float64
         program = program.wide if wide and program.wide else program
         floats = self.floats if self.floats is None or not wide else self.floats.astype(np.float64)
         i, j = np.divmod(pairs, self.shape[1])
         places = np.broadcast_arrays(self.b, self.h, i + self.rows.start, j)
-        numbers = [*scores, *(x.astype(np.int32) for x in places)]
-        with jax.enable_x64(wide or jax.config.jax_enable_x64), jax.ensure_compile_time_eval():  # type: ignore[attr-defined]  # untyped config
+        numbers = [*asked, *(x.astype(np.int32) for x in places)]
+        x64 = nullcontext() if not wide else jax.enable_x64(True)
+        with x64, jax.ensure_compile_time_eval():
             return jax.tree.map(
                 np.asarray, function(program, len(pairs), floats, self.words, *numbers)
             )
@@ -111,16 +114,10 @@ def _values_and_slopes(
 
 
 @compiled(static=2)
-def _pull_back(
+def _pulled_back(
     program: Program, _count: int, floats: Any, words: Any, shares: Any, *numbers: Any
 ) -> Any:
     def of(floats: Any) -> Any:
         return jax.vmap(_of_pair(program, floats, words))(*numbers)
 
     return jax.vjp(of, floats)[1](shares)[0]
-
-
-def _pulled_back(
-    program: Program, count: int, floats: Any, words: Any, *numbers: Any, shares: np.ndarray
-) -> Any:
-    return _pull_back(program, count, floats, words, shares, *numbers)

@@ -71,7 +71,7 @@ def heedful_contract(
     def test(heedful_case: "tuple[Case, str]", pytestconfig: pytest.Config) -> None:
         contract.check(*heedful_case, pytestconfig.getoption("heedful_seed"))
 
-    test.heedful_contract = contract  # type: ignore[attr-defined]
+    test.heedful_contract = contract  # type: ignore[attr-defined]  # for the hook below
     return test
 
 

@@ -49,6 +49,7 @@ from heedful.flash.tiles import (
 )
 
 Along = Literal["queries", "keys", "scores", "nothing"]
+BROADCAST = ("scores", "nothing")  # whose arrays may have one batch row for all
 
 
 class Sum(NamedTuple):
@@ -216,7 +217,7 @@ def _sum_over_tiles(
 
 def _cut(along: Along, x: Array, problem: Problem, tiles: Tiles, i: Array, j: Array) -> Array:
     """What tile (i, j) has of an array."""
-    if along in ("scores", "nothing"):
+    if along in BROADCAST:
         return cut_scores(problem, tiles, x, i, j).astype(problem.accumulator)
     of, index = (queries_of, i) if along == "queries" else (keys_of, j)
     return widen(problem, of(problem, tiles, x, index))
@@ -227,7 +228,7 @@ def _add(
 ) -> Array:
     """Adds what tile (i, j) gives."""
     part = part.astype(total.dtype)
-    if along in ("scores", "nothing"):
+    if along in BROADCAST:
         return add_cut(problem, tiles, total, part, i, j)
     if along == "queries":
         part, begin = (
@@ -313,10 +314,9 @@ def _vmap(
     """The new axis is folded into the batch."""
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
     # What broadcasts may be shared by all of the new axis; a sum that broadcasts could not.
-    broadcasts = ("scores", "nothing")
-    shared = all(s.along not in broadcasts for s in into)
-    whole = [False] * tree.num_leaves + [along not in broadcasts or not shared for along in read]
-    each = [s._replace(rest=(True, *s.rest[1:])) if s.along in broadcasts else s for s in into]
+    shared = all(s.along not in BROADCAST for s in into)
+    whole = [False] * tree.num_leaves + [along not in BROADCAST or not shared for along in read]
+    each = [s._replace(rest=(True, *s.rest[1:])) if s.along in BROADCAST else s for s in into]
     results = sum_p.bind(
         *(fold(x, a, size, problem.batch, w) for x, a, w in zip(args, axes, whole, strict=True)),
         problem=replace(problem, batch=size * problem.batch),
@@ -327,7 +327,7 @@ def _vmap(
     )
     results = [x.reshape(size, problem.batch, *x.shape[1:]) for x in results]
     for n, s in enumerate(into):
-        if s.along in broadcasts and not s.rest[0]:
+        if s.along in BROADCAST and not s.rest[0]:
             results[n] = results[n].sum(axis=1, keepdims=True)
     return results, [0] * len(results)
 
