@@ -38,7 +38,7 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.rules.scores import adding
 from heedful.rules.visibility import hiding
-from heedful_torch.backends.parts import part_of_row, parts_of, queries_within
+from heedful_torch.backends.parts import Band, part_of_row, parts_of, queries_within
 from heedful_torch.backends.row_sums import row_sums
 from heedful_torch.backends.score_mask import Span, additive_shape, score_mask, span_of
 from heedful_torch.function import (
@@ -75,6 +75,11 @@ class How(NamedTuple):
     diagonal: int | None = None
     functions: Mapping[str, Any] | None = None
     first: tuple[int, int] = (0, 0)
+
+    @property
+    def band(self) -> Band:
+        """Where it lies."""
+        return self.below, self.above, self.diagonal
 
     @property
     def causal(self) -> bool:
@@ -496,7 +501,8 @@ class _FusedPullBack(FirstOrder):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         kernel, mask_wanted, dout, dlse, q, k, v, mask, parts, how, *results = args
-        _, _, *before, of_mask, of_parts, _ = in_dims[:10]
+        n = 4 + len(Arguments._fields)
+        _, _, *before, of_mask, of_parts, _ = in_dims[:n]
         size, of_q = info.batch_size, in_dims[4]
         shared = mask is not None and _rows(mask, of_mask) == 1
         # Not shared as going forward: each member of the axis has a gradient of its own.
@@ -504,7 +510,7 @@ class _FusedPullBack(FirstOrder):
             mask = _folded(size, of_mask, _over_batch(mask, of_mask, _rows(q, of_q)))
         first = (_folded(size, d, x) for x, d in zip((dout, dlse, q, k, v), before, strict=True))
         parts = _folded(size, of_parts, parts)
-        last = (_folded(size, d, x) for x, d in zip(results, in_dims[10:], strict=True))
+        last = (_folded(size, d, x) for x, d in zip(results, in_dims[n:], strict=True))
         gradients = _FusedPullBack.apply(kernel, mask_wanted, *first, mask, parts, how, *last)
         (*of_qkv, dmask), dims = _unfolded(size, gradients)
         if dmask is not None and shared:
@@ -601,7 +607,8 @@ def _fused_backward(
             dmask, mask_wanted = _mask_gradient(dout, dlse, asked), False
         if dlse is not None:
             q, k, v = _with_lse_columns(kernel, q, k, v)
-        sums = row_sums(q, k, mask, parts, *how[:5], lse, widened=dlse is not None)
+        scores = how.scale, how.softcap, *how.band
+        sums = row_sums(q, k, mask, parts, *scores, lse, widened=dlse is not None)
         dout = (dout / sums.unsqueeze(-1)).to(out.dtype)
         if dlse is not None:
             dout, out = _with_lse_cotangent(dlse / sums, dout, out, v.shape[-1])
@@ -706,7 +713,7 @@ def _mask_gradient(dout: Tensor, dlse: Tensor | None, asked: Arguments) -> Tenso
     assert mask is not None  # it is wanted of
     gradient, group = torch.zeros_like(mask), q.shape[1] // k.shape[1]
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        part, (below, above, diagonal) = part_of_row(parts, b, q.shape[2], k.shape[2], how[2:5])
+        part, (below, above, diagonal) = part_of_row(parts, b, q.shape[2], k.shape[2], how.band)
         keys = slice(part.k_begin, part.k_end)
         key, value = (x[b, h // group, keys].to(mask.dtype) for x in (k, v))
         j = torch.arange(len(key), device=q.device)
