@@ -89,6 +89,7 @@ class Outcome:
         losses: what is lossy, as `tolerance` says; empty where the backend agrees.
         seconds: of the first answer, compilation included.
         kernel: what computed it, in the backend's words, where there is more to say than its name.
+        lengths: Sq and Sk; None where it was not asked.
     """
 
     backend: str
@@ -102,6 +103,7 @@ class Outcome:
     losses: tuple[Failure, ...] = ()
     seconds: float = 0.0
     kernel: str = ""
+    lengths: tuple[int, int] | None = None
 
     @property
     def verdict(self) -> str:
@@ -231,7 +233,8 @@ def dtypes_of(case: Case, dtypes: Sequence[str] | None) -> Sequence[str]:
 def outcome(name: str, question: Question) -> Outcome:
     """One backend's answer to one question, judged."""
     case, dtype = question.case, question.dtype
-    result = Outcome(name, case.name, case.group, dtype)
+    lengths = question.problem.q_length, question.problem.kv_length
+    result = Outcome(name, case.name, case.group, dtype, lengths=lengths)
     beside_others = framework(name) == "jax" and question.calls_from in (None, "jax")
     faults: list[Fault]
     try:

@@ -1,0 +1,213 @@
+"""What came of a crosscheck, and what can be asked of it; the files beside this one show it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from heedful_crosscheck.report.environment import environment
+from heedful_crosscheck.run import Failure, Outcome
+
+WIDTH = 130  # of the table where it is not printed to a terminal
+VERDICTS = ("disagree", "lossy", "agree", "refused")  # the worst first
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend on one group of cases in one dtype."""
+
+    backend: str
+    group: str
+    dtype: str
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def ran(self) -> list[Outcome]:
+        return [o for o in self.outcomes if o.verdict != "refused"]
+
+    @property
+    def verdict(self) -> str:
+        """The worst of those that ran, of `VERDICTS`; "refused" where none did."""
+        verdicts = {o.verdict for o in self.outcomes}
+        return next(v for v in VERDICTS if v in verdicts)
+
+    @property
+    def factor(self) -> float:
+        """How many times its limit the worst lossy tensor is out; 0 where none is lossy."""
+        lossy = [j.strain for o in self.outcomes for j in o.judgements.values() if j.losses]
+        return max(lossy, default=0.0)
+
+    @property
+    def worst(self) -> dict[str, Outcome]:
+        """For each tensor, the outcome that is nearest to its limit, or farthest beyond."""
+        tensors = dict.fromkeys(t for o in self.ran for t in o.judgements)
+        return {
+            tensor: max(
+                (o for o in self.ran if tensor in o.judgements),
+                key=lambda o: o.judgements[tensor].strain,
+            )
+            for tensor in tensors
+        }
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One thing that keeps a backend from some of the runs.
+
+    Attributes:
+        part: what it keeps the backend from, of `Outcome.lacking`; "" of the whole run.
+        outcomes: the runs.
+    """
+
+    backend: str
+    reason: str
+    part: str
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """A tensor of a case that honest arithmetic itself gets so wrong that its error sets no limit.
+
+    Attributes:
+        plain: plain attention's relative RMS error there.
+    """
+
+    case: str
+    dtype: str
+    tensor: str
+    plain: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.case}, {self.dtype}: {self.tensor} reaches the ceiling: plain attention itself is "
+            f"off by {short(self.plain)}, and nobody so far off is said to agree"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a crosscheck; print it, or read it.
+
+    Attributes:
+        outcomes: of every backend on every case in every dtype.
+        seed: of the inputs and the cotangents.
+        seconds: that it took.
+        strict: whether `lossy` counts as disagreement.
+        complete: whether it came to its end.
+        declined: of each function that is no backend, which promises it declined.
+        environment: versions, machine and flags, of `environment`.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    seed: int
+    seconds: float
+    strict: bool = False
+    complete: bool = True
+    declined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=environment)
+
+    @property
+    def agree(self) -> bool:
+        """Whether somebody ran and nobody disagrees, to the end; where strict, nor is anybody lossy."""
+        fine = self.verdict == "agree" or (self.verdict == "lossy" and not self.strict)
+        return fine and self.complete
+
+    @property
+    def verdict(self) -> str:
+        """The worst of `verdicts`: "disagree", "lossy", "agree"; "refused" where nothing ran."""
+        found = set(self.verdicts.values())
+        return next((v for v in VERDICTS if v in found), "refused")
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Everything that anybody got wrong."""
+        return tuple(f for o in self.outcomes for f in o.failures)
+
+    @property
+    def losses(self) -> tuple[Failure, ...]:
+        """Everything lossy: no further off than flash kernels must be, and further than they should."""
+        return tuple(f for o in self.outcomes for f in o.losses)
+
+    @property
+    def ceilings(self) -> tuple[Ceiling, ...]:
+        """Where the ceiling is the limit, each once."""
+        reached = {
+            (o.case, o.dtype, tensor): Ceiling(o.case, o.dtype, tensor, judgement.plain.rms)
+            for o in self.outcomes
+            for tensor, judgement in o.judgements.items()
+            if judgement.ceiling
+        }
+        return tuple(reached.values())
+
+    @cached_property
+    def verdicts(self) -> dict[str, str]:
+        """By backend: "agree", "lossy", "disagree", or "refused" where it ran nothing."""
+        return {
+            name: Row(name, "", "", tuple(found)).verdict for name, found in self.by_backend.items()
+        }
+
+    @cached_property
+    def kernels(self) -> dict[str, list[str]]:
+        """What computed, in the words of those backends that say it."""
+        found: dict[str, list[str]] = {}
+        for o in self.outcomes:
+            if o.kernel and o.kernel not in found.setdefault(o.backend, []):
+                found[o.backend].append(o.kernel)
+        return found
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The table: backend × case group × dtype."""
+        parts: dict[tuple[str, str, str], list[Outcome]] = {}
+        for o in self.outcomes:
+            parts.setdefault((o.backend, o.group, o.dtype), []).append(o)
+        order = list(self.by_backend)
+        keys = sorted(parts, key=lambda key: order.index(key[0]))  # stable: groups stay in order
+        return tuple(Row(*key, tuple(parts[key])) for key in keys)
+
+    @cached_property
+    def refusals(self) -> tuple[Reason, ...]:
+        """Every reason that anybody gave, and the runs that it was given for."""
+        found: dict[tuple[str, str, str], list[Outcome]] = {}
+        for o in self.outcomes:
+            for part, reasons in {"": o.reasons, **o.lacking}.items():
+                for reason in reasons:
+                    found.setdefault((o.backend, part, reason), []).append(o)
+        return tuple(
+            Reason(backend, reason, part, tuple(outcomes))
+            for (backend, part, reason), outcomes in found.items()
+        )
+
+    @cached_property
+    def by_backend(self) -> dict[str, list[Outcome]]:
+        """All outcomes of each backend, in the order in which they were asked."""
+        found: dict[str, list[Outcome]] = {}
+        for o in self.outcomes:
+            found.setdefault(o.backend, []).append(o)
+        return found
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from heedful_crosscheck.report import text
+
+        yield from text.render(self)
+
+    def __str__(self) -> str:
+        console = Console(width=WIDTH, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything in the table, every run behind it, and what it ran on; JSON types only."""
+        from heedful_crosscheck.report import json
+
+        return json.render(self)
+
+
+def short(x: float) -> str:
+    """Two digits: 1.7e-3."""
+    return "0" if x == 0 else re.sub(r"e([+-])0", r"e\1", f"{x:.1e}")
