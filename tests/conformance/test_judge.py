@@ -392,7 +392,8 @@ def test_one_wrong_row_shows_in_the_worst_row_alone_and_is_located(noisy):
     (fault,) = judged(got, want, rounded).faults
     assert "worst row" in fault
     assert "rms" not in fault
-    assert "worst at (b 1, h 2, row 300), in the tile of rows 256-383, which holds" in fault
+    assert "worst at (b 1, h 2, row 300), column " in fault
+    assert "in the tile of rows 256-383; wrong only in head 2 of batch row 1, in row 300" in fault
 
 
 def test_drift_shows_in_the_rms(noisy):

@@ -17,6 +17,7 @@ from heedful_crosscheck.callers import Caller
 from heedful_crosscheck.cases import Case, Inputs
 from heedful_crosscheck.factors import AXES
 from heedful_crosscheck.files import InputError
+from heedful_crosscheck.location import edges
 from heedful_crosscheck.tolerance import Standard
 from heedful_crosscheck.yardstick import Arithmetic, Tensors, attend, best, lossy
 
@@ -129,6 +130,14 @@ class Question:
         return self._standards(self._without_lse)
 
     def _standards(self, answers: Answers) -> dict[str, Standard]:
+        of_queries, of_keys = edges(self.problem, self.operands)
+        by_rows = {
+            "out": of_queries,
+            "lse": of_queries,
+            "dq": of_queries,
+            "dk": of_keys,
+            "dv": of_keys,
+        }
         return {
             tensor: Standard.of(
                 tensor,
@@ -138,6 +147,7 @@ class Question:
                 self.hidden[tensor],
                 self.uncancelled.get(tensor, 0.0),
                 [reading[tensor] for reading in answers.lossy],
+                by_rows.get(tensor, {}),
             )
             for tensor, right in answers.right.items()
         }

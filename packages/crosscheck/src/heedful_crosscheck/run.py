@@ -32,6 +32,7 @@ from heedful_crosscheck.ask import (
 from heedful_crosscheck.callers import caller_of
 from heedful_crosscheck.cases import Case
 from heedful_crosscheck.files import InputError
+from heedful_crosscheck.location import HeatMap
 from heedful_crosscheck.question import Question
 from heedful_crosscheck.second import directions, is_refusal, judge_second, right
 from heedful_crosscheck.tolerance import Judgement, Standard
@@ -62,6 +63,7 @@ class Failure:
         tensor: "out", "lse", or "dq" and so on; None where the backend raised.
         message: what, where and by how much.
         description: of the case, where its name does not say what is asked.
+        heat: where the error is; None where nothing was measured.
     """
 
     backend: str
@@ -70,6 +72,7 @@ class Failure:
     tensor: str | None
     message: str
     description: str = ""
+    heat: HeatMap | None = None
 
     def __str__(self) -> str:
         asked = f" ({self.description})" if self.description else ""
@@ -279,11 +282,11 @@ def outcome(name: str, question: Question) -> Outcome:
 def concluded(result: Outcome, question: Question, faults: Sequence[Fault]) -> Outcome:
     """An outcome with what is wrong, and what its judgements lost."""
     losses = [(t, said) for t, found in result.judgements.items() for said in found.losses]
+    heats = {tensor: judgement.heat for tensor, judgement in result.judgements.items()}
+    facts = result.backend, result.case, result.dtype
     failures, lost = (
         tuple(
-            Failure(
-                result.backend, result.case, result.dtype, tensor, said, question.case.description
-            )
+            Failure(*facts, tensor, said, question.case.description, heats.get(tensor or ""))
             for tensor, said in found
         )
         for found in (faults, losses)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from heedful import oracle
+from heedful_crosscheck.location import locate
 from heedful_crosscheck.question import Question
-from heedful_crosscheck.tolerance import Errors, Judgement, measure
+from heedful_crosscheck.tolerance import Errors, Judgement, measure, row_errors
 from heedful_crosscheck.yardstick import Tensors
 
 STEP = 1e-3
@@ -90,7 +91,8 @@ def _judged(
             infinite, nothing, limits, (f"{name}, a second derivative, is not finite",)
         )
     want = np.where(hidden, 0, want)
-    errors, _ = measure(got, want, float(np.sqrt((want**2).mean())) or 1.0)
+    size = float(np.sqrt((want**2).mean())) or 1.0
+    errors, _ = measure(got, want, size)
     over = [
         f"{measured} {error:.2g} over {most:.2g}"
         for measured, error, most in zip(
@@ -98,8 +100,11 @@ def _judged(
         )
         if error > most
     ]
-    faults = (f"{name}, a second derivative, is wrong: {', '.join(over)}",) if over else ()
-    return Judgement(errors, nothing, limits, faults)
+    if not over:
+        return Judgement(errors, nothing, limits)
+    where, heat = locate(got, want, size, row_errors(got, want, size), limits.worst_row)
+    fault = f"{name}, a second derivative, is wrong: {', '.join(over)}; {where}"
+    return Judgement(errors, nothing, limits, (fault,), heat=heat)
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -74,10 +74,13 @@ a yardstick, a wide limit.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from heedful_crosscheck.location import Edges, HeatMap, heat_map, locate, place
 
 RMS_FLOOR = {"float64": 1e-13, "float32": 2e-6, "float16": 2.4e-4, "bfloat16": 2e-3}
 PROJECTION_FLOOR = {"float64": 1e-13, "float32": 2e-6, "float16": 1e-4, "bfloat16": 2e-4}
@@ -89,9 +92,6 @@ UTMOST = 1.0  # an error as large as the tensor is wrong whatever the yardsticks
 WORST_ROW_TIMES = 4
 PLAIN_TIMES = 2
 SIGMAS = 6
-
-# Rows. A failure names the tile it lies in; most kernels' tiles are this or divide it.
-TILE = 128
 
 # A yardstick's tensor, once for each order of operations.
 Readings = np.ndarray | Sequence[np.ndarray]
@@ -114,6 +114,7 @@ class Judgement:
         faults: what is wrong, a sentence each; empty where the tensor agrees or is lossy.
         losses: what is lossy, a sentence; empty otherwise.
         ceiling: whether plain attention is so far off here that the ceiling is the limit.
+        heat: where the error is, of a tensor that does not agree.
     """
 
     errors: Errors
@@ -122,6 +123,7 @@ class Judgement:
     faults: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
     ceiling: bool = False
+    heat: HeatMap | None = None
 
     @property
     def verdict(self) -> Literal["agree", "lossy", "disagree"]:
@@ -148,6 +150,7 @@ class Standard:
         size: what errors are divided by, in units.
         plain, lossy: the errors of the two yardsticks.
         hidden: what must be exactly 0.
+        edges: where something begins among the rows, to say where an error lies.
     """
 
     tensor: str
@@ -160,6 +163,7 @@ class Standard:
     plain: Errors
     lossy: Errors
     hidden: np.ndarray
+    edges: Edges = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -171,6 +175,7 @@ class Standard:
         hidden: np.ndarray | bool = False,
         uncancelled: float = 0.0,
         lossy: Readings = (),
+        edges: Edges = MappingProxyType({}),
     ) -> "Standard":
         """The standard of one tensor.
 
@@ -183,6 +188,7 @@ class Standard:
             uncancelled: RMS of the terms that a gradient is the sum of. Where all of it cancels (a
                 single key: the weight is 1 whatever q is) there is no size to divide by but theirs.
             lossy: the second yardstick's readings: within their limit, and not within plain's, is lossy.
+            edges: of `location.edges`, those of the tensor's rows.
         """
         right = _in_rows(tensor, right)
         finite = np.isfinite(right)
@@ -196,7 +202,9 @@ class Standard:
 
         hidden = np.broadcast_to(hidden, right.shape)
         of_plain, of_lossy = errors(plain), errors(lossy)
-        return cls(tensor, dtype, right, want, finite, unit, size, of_plain, of_lossy, hidden)
+        return cls(
+            tensor, dtype, right, want, finite, unit, size, of_plain, of_lossy, hidden, edges
+        )
 
     def beside(self, answer: np.ndarray) -> "Standard":
         """The same with somebody's answer in the oracle's place.
@@ -217,7 +225,10 @@ class Standard:
             wanted, came = (x.shape[:-1] if tensor == "lse" else x.shape for x in (self.right, got))
             return _unmeasured(f"{tensor} has shape {came}, expected {wanted}")
         if faults := _inexact(tensor, got, self.right, self.hidden):
-            return _unmeasured(*faults)
+            with np.errstate(invalid="ignore", over="ignore"):
+                error = (np.where(self.finite, got, 0) / self.unit - self.want) / self.size
+            strange = ~np.isfinite(error).all(-1) | (self.hidden & (got != 0)).any(-1)
+            return replace(_unmeasured(*faults), heat=heat_map(np.abs(error), strange))
         got = np.where(self.finite, got, 0) / self.unit
         errors, noise = measure(got, self.want, self.size)
         floors = _floors(tensor, dtype, noise)
@@ -232,8 +243,10 @@ class Standard:
             )
         )
         said: dict[str, tuple[str, ...]] = {}
+        heat = None
         if not _within(errors, limits):
-            where = _where_worst(got, self.want, self.size)
+            rows = row_errors(got, self.want, self.size)
+            where, heat = locate(got, self.want, self.size, rows, limits.worst_row, self.edges)
             over = _over(errors, limits, self.plain)
             if _within(errors, lossy_limits):
                 factor = max(_times(e, limit) for e, limit in zip(errors, limits, strict=True))
@@ -243,7 +256,7 @@ class Standard:
                 said["faults"] = (f"{tensor} is wrong: {over}; {where}",)
         unmoved = _limits(self.plain, _floors(tensor, dtype, noise=0))
         ceiling = not _within(unmoved, ceilings)
-        return Judgement(errors, self.plain, limits, **said, ceiling=ceiling)
+        return Judgement(errors, self.plain, limits, **said, ceiling=ceiling, heat=heat)
 
 
 def _in_rows(tensor: str, x: np.ndarray) -> np.ndarray:
@@ -365,27 +378,7 @@ def _over(errors: Errors, limits: Errors, plain: Errors) -> str:
     )
 
 
-def _where_worst(got: np.ndarray, want: np.ndarray, size: float) -> str:
-    rows = row_errors(got, want, size)
-    worst = np.unravel_index(rows.argmax(), rows.shape)
-    first = worst[-1] // TILE * TILE
-    tile = (*worst[:-1], slice(first, first + TILE))
-    error = np.abs(got - want)
-    squares = ((error / error.max()) ** 2).sum(-1)
-    share = squares[tile].sum() / squares.sum()
-    last = min(first + TILE, rows.shape[-1]) - 1
-    return (
-        f"worst at {_place(worst)}, in the tile of rows "
-        f"{first}-{last}, which holds {share:.0%} of the squared error"
-    )
-
-
 def _where(wrong: np.ndarray) -> str:
     rows = wrong.any(-1)
     first = np.unravel_index(rows.argmax(), rows.shape)
-    return f"at {_place(first)}, and so in {rows.sum()} of {rows.size} rows"
-
-
-def _place(index: tuple[np.intp, ...]) -> str:
-    b, h, row = (int(i) for i in index)
-    return f"(b {b}, h {h}, row {row})"
+    return f"at {place(first)}, and so in {rows.sum()} of {rows.size} rows"

@@ -92,6 +92,8 @@ def _failure_lines(report: Report) -> Iterable[Text]:
         for mark, style, found in (("✗ ", "bold red", failures), ("~ ", "yellow", losses)):
             for failure in found[:FAILURES_SHOWN]:
                 yield Text.assemble((mark, style), str(failure))
+                if failure is found[0] and failure.heat is not None and not failure.heat.even:
+                    yield failure.heat.__rich__()
             if len(found) > FAILURES_SHOWN:
                 yield Text(
                     f"  and {len(found) - FAILURES_SHOWN} more of {backend}, all in the JSON"
