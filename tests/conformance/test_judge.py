@@ -24,6 +24,7 @@ from heedful_crosscheck import InputError, cli, crosscheck, load
 from heedful_crosscheck import run as crosscheck_run
 from heedful_crosscheck.cases import Case, everything, named, normal, select
 from heedful_crosscheck.question import Question
+from heedful_crosscheck.respondent import Here
 from heedful_torch.dlpack import x64_is_enabled
 
 # One case or two of every group: each distinct one costs every JAX backend a compilation.
@@ -187,7 +188,7 @@ def test_what_is_wrong_of_out_alone_is_not_blamed_on_what_nobody_sees(registered
 def test_an_interrupt_is_no_failure_of_a_backend(registered):
     question = Question.of(select(["causal"], named())[0], 0, "float32")
     with pytest.raises(KeyboardInterrupt):
-        crosscheck_run.outcome(registered(Misbehaves("interrupts", "run")), question)
+        crosscheck_run.outcome(Here(registered(Misbehaves("interrupts", "run"))), question)
 
 
 ENDING = """

@@ -22,9 +22,12 @@ A case that is refused is no failure; `report.refusals` lists them. On the comma
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from typing import Any
 
-import heedful
+from heedful.dispatch.registry import names as installed
+from heedful_crosscheck.ask import framework
+from heedful_crosscheck.callers import caller_of
 from heedful_crosscheck.cases import (
     Case,
     everything,
@@ -40,14 +43,17 @@ from heedful_crosscheck.function import Function
 from heedful_crosscheck.function_backend import FunctionBackend, backend_of, registered
 from heedful_crosscheck.memory import Memory, estimate
 from heedful_crosscheck.report import Report
+from heedful_crosscheck.respondent import Here, Respondent
 from heedful_crosscheck.run import (
     DTYPES,
     WORKERS,
     Failure,
+    Inquiry,
     Outcome,
     Progress,
     collect_outcomes,
 )
+from heedful_crosscheck.settings import Settings
 
 __all__ = [
     "Case",
@@ -122,9 +128,6 @@ def crosscheck(
         _check_dtypes(dtypes)
     names, functions = _told_apart(backends, conventions)
     asked = chosen_cases(cases)
-    unasked = {} if backends is not None else unasked_backends()
-    known = chosen_backends(names)
-    runs = [(known, asked, frozenset[str]())] if known else []
     started = time.perf_counter()
     outcomes: list[Outcome] = []
 
@@ -134,15 +137,27 @@ def crosscheck(
         return Report(tuple(outcomes), seed, seconds, strict, complete, declined)
 
     with ExitStack() as open_while_judged:
+        known = here(chosen_backends(names), asked)
+        by_name = backends is not None
+        inquiries = [Inquiry(known, asked, dtypes, [seed], by_name=by_name)] if known else []
         for function in functions:
             name = open_while_judged.enter_context(registered(function))
-            runs.append(([name], fitted(function, asked, dtypes), function.declines))
+            own = fitted(function, asked, dtypes)
+            inquiries.append(Inquiry(here([name], own), own, dtypes, [seed], function.declines))
         try:
-            for of_them, own, declines in runs:
-                collect_outcomes(of_them, own, dtypes, seed, outcomes, progress, unasked, declines)
+            collect_outcomes(inquiries, outcomes.append, WORKERS, progress)
         except KeyboardInterrupt as end:
             raise Interrupted(report(complete=False)) from end
         return report()
+
+
+def here(names: Sequence[str], cases: Sequence[Case]) -> dict[str, list[Respondent]]:
+    """Backends in this process; JAX's several times, since they are compiled side by side."""
+    callers = {framework(name) for name in names} | {case.caller for case in cases}
+    if "torch" in callers and find_spec("torch"):
+        caller_of("torch")  # imported now, so that its settings are among those that are kept
+    settings = Settings.now()
+    return {n: [Here(n, settings)] * (WORKERS if framework(n) == "jax" else 1) for n in names}
 
 
 def _told_apart(
@@ -184,18 +199,11 @@ def chosen_backends(names: Sequence[str] | None) -> list[str]:
     Raises:
         ValueError: there is none of a name.
     """
-    known = heedful.backends()
+    known = installed()
     for name in names or ():
         if name not in known:
             raise ValueError(f"no backend is named {name!r}. There are {', '.join(known)}.")
     return list(known if names is None else dict.fromkeys(names))
-
-
-def unasked_backends() -> dict[str, str]:
-    """Those that are asked only where they are named, and why."""
-    every = heedful.backends().items()
-    found = {name: getattr(backend, "unasked", None) for name, backend in every}
-    return {n: f"left out: {why}; name it to ask it" for n, why in found.items() if why}
 
 
 def _check_dtypes(dtypes: Sequence[str]) -> None:

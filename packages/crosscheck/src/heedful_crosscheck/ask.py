@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-import heedful
 from heedful import Problem, dispatch
 from heedful.call import Call
 from heedful.call.options import DIFFERENTIABLE
+from heedful.dispatch.registry import backend_named
 from heedful_crosscheck.callers import Attend, Named, caller_of
 from heedful_crosscheck.cases import Inputs
 from heedful_crosscheck.layouts import LAYOUTS
@@ -41,7 +41,7 @@ def framework(backend: str) -> str:
 
 def about(backend: str, question: Question) -> tuple[str, str | None]:
     """What computes the answer, in the backend's words, and why it has no gradients, if it has none."""
-    instance = heedful.backends()[backend]
+    instance = backend_named(backend)
     if not (hasattr(instance, "kernel") or hasattr(instance, "forward_only")):
         return "", None
     problem = Asked(backend, question, question.inputs, with_lse=False).problem
@@ -51,7 +51,7 @@ def about(backend: str, question: Question) -> tuple[str, str | None]:
 
 def why_left_out(backend: str, problem: Problem) -> str | None:
     """Why a backend is not asked, though it would answer, some day."""
-    largest = getattr(heedful.backends()[backend], "largest", None)
+    largest = getattr(backend_named(backend), "largest", None)
     if largest is None or problem.score_count <= largest:
         return None
     return f"left out: this kernel is too slow for more than {largest} scores in a crosscheck"

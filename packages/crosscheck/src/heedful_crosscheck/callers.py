@@ -19,7 +19,7 @@ import numpy as np
 
 import heedful
 from heedful.call.arrays import framework_of
-from heedful.dispatch.registry import in_a_line
+from heedful.dispatch.registry import backend_named, in_a_line
 from heedful_crosscheck.layouts import Layout
 
 Named = dict[str, Any]  # arrays of one framework
@@ -57,7 +57,7 @@ class Attend:
     @classmethod
     def by(cls, backend: str, options: Mapping[str, Any]) -> "Attend":
         """The function of a backend's name."""
-        return cls(backend, Identity(heedful.backends()[backend]), tuple(options.items()))
+        return cls(backend, Identity(backend_named(backend)), tuple(options.items()))
 
     def __call__(self, primals: Named, constants: Named) -> Results:
         options = dict(self.options)

@@ -7,6 +7,7 @@ they lack, every two things at once, the rows of the table have (`combinations`)
 """
 
 import fnmatch
+import hashlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,23 @@ class Inputs:
     def arrays(self) -> Arrays:
         """The options that are arrays."""
         return {name: x for name, x in self.options.items() if isinstance(x, np.ndarray)}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all arrays, their shapes and dtypes, and the other options."""
+        digest = hashlib.sha256()
+        arrays = {"q": self.q, "k": self.k, "v": self.v, **self.arrays}
+        for name, x in sorted(arrays.items()):
+            digest.update(f"{name} {x.dtype} {x.shape} ".encode())
+            digest.update(np.ascontiguousarray(x).tobytes())
+        others = {name: _said(x) for name, x in self.options.items() if name not in arrays}
+        digest.update(repr(sorted(others.items())).encode())
+        return digest.hexdigest()
+
+
+def _said(x: Any) -> Any:
+    """A function by its name, which is the same in every process."""
+    return f"{x.__module__}.{x.__qualname__}" if callable(x) else x
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import heedful
 from heedful import Operands, Problem
 from heedful.call import Call
 from heedful.call.arrays import Array, broadcast_to, framework_of
+from heedful.dispatch.registry import names
 from heedful_crosscheck.callers import Caller, found_framework
 from heedful_crosscheck.function import Function
 from heedful_crosscheck.layouts import LAYOUTS
@@ -267,7 +268,7 @@ def registered(backend: FunctionBackend) -> Iterator[str]:
     Raises:
         ValueError: there is a backend of that name.
     """
-    if backend.name in heedful.backends():
+    if backend.name in names():
         raise ValueError(
             f"there is a backend named {backend.name!r}. Pass name= to call yours otherwise."
         )

@@ -46,6 +46,7 @@ class Question:
         out_cotangent, lse_cotangent: NumPy, (B, Hq, Sq, Dv) and (B, Hq, Sq).
         caller: whose arrays call; None: the case's, or else the backend's own framework's.
         declines: promises of the contract that whoever is asked does not make, of `function.PROMISES`.
+        seed: of inputs and cotangents.
     """
 
     case: Case
@@ -56,6 +57,7 @@ class Question:
     lse_cotangent: np.ndarray
     caller: Caller | None = None
     declines: frozenset[str] = frozenset()
+    seed: int = 0
 
     @classmethod
     def of(
@@ -80,7 +82,8 @@ class Question:
         lse_cotangent = case.cotangent("lse", random.standard_normal(rows), problem.accumulator)
         if "lse_gradient" in declines:
             lse_cotangent = np.zeros_like(lse_cotangent)
-        return cls(case, dtype, inputs, problem, out_cotangent, lse_cotangent, caller, declines)
+        cotangents = out_cotangent, lse_cotangent
+        return cls(case, dtype, inputs, problem, *cotangents, caller, declines, seed)
 
     @property
     def calls_from(self) -> str | None:

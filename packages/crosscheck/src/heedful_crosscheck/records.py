@@ -5,7 +5,6 @@ returned them; in its metadata the backend, what computed, where and when, the s
 case's inputs, which are made again. So a machine without a GPU is held to what a kernel answered on one.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import safetensors.numpy
 
 from heedful.dispatch.registry import in_a_line
 from heedful_crosscheck.ask import Refused, about, ask, float64_where_asked
-from heedful_crosscheck.cases import Case, Inputs, everything
+from heedful_crosscheck.cases import Case, everything
 from heedful_crosscheck.files import InputError
 from heedful_crosscheck.question import Question
 from heedful_crosscheck.run import Outcome, concluded, dtypes_of, judge_by
@@ -91,7 +90,7 @@ def record(
                     reasons |= dict.fromkeys(refusal.reasons)
                     continue
                 kernel = about(backend, question)[0]
-                runs.append(Run(case.name, dtype, _hash(question.inputs), with_lse, answer))
+                runs.append(Run(case.name, dtype, question.inputs.fingerprint, with_lse, answer))
                 break
     if not runs:
         raise InputError(f"{backend} refused every case: {'; '.join(reasons)}")
@@ -165,7 +164,7 @@ def replay(found: Record, backends: Sequence[str]) -> list[Outcome]:
                 f"the record has a case {run.case!r}, which is none here. Record again."
             )
         question = Question.of(known[run.case], found.seed, run.dtype)
-        if _hash(question.inputs) != run.inputs:
+        if question.inputs.fingerprint != run.inputs:
             raise InputError(
                 f"the inputs of {run.case} in {run.dtype} are not those that were recorded: the case, "
                 "or how NumPy draws, has changed. Record again."
@@ -215,14 +214,3 @@ def _judged(
 
 def _blank(name: str, question: Question) -> Outcome:
     return Outcome(name, question.case.name, question.case.group, question.dtype)
-
-
-def _hash(inputs: Inputs) -> str:
-    """Of all arrays, their shapes and dtypes, and the other options."""
-    digest = hashlib.sha256()
-    arrays = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.arrays}
-    for name, x in sorted(arrays.items()):
-        digest.update(f"{name} {x.dtype} {x.shape} ".encode() + np.ascontiguousarray(x).tobytes())
-    others = {name: x for name, x in inputs.options.items() if name not in inputs.arrays}
-    digest.update(repr(sorted(others.items())).encode())
-    return digest.hexdigest()

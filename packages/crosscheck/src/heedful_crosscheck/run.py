@@ -1,49 +1,35 @@
 """Asks every backend every question, and has the answers judged."""
 
 import os
-import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
-from threading import Lock, current_thread, main_thread
-from types import MappingProxyType
-from typing import Any
+from queue import LifoQueue
+from threading import BoundedSemaphore
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no types
 
-import heedful
 from heedful.dispatch.registry import in_a_line
-from heedful.results import WrongResult
-from heedful_crosscheck.ask import (
-    Refused,
-    about,
-    ask,
-    ask_second,
-    float64_where_asked,
-    framework,
-)
-from heedful_crosscheck.callers import caller_of
+from heedful_crosscheck.ask import Refused, framework
 from heedful_crosscheck.cases import Case
 from heedful_crosscheck.files import InputError
 from heedful_crosscheck.location import HeatMap
 from heedful_crosscheck.question import Question
-from heedful_crosscheck.second import directions, is_refusal, judge_second, right
+from heedful_crosscheck.respondent import Crashed, Raised, Respondent, Stopped
+from heedful_crosscheck.second import directions, judge_second, right
 from heedful_crosscheck.tolerance import Judgement, Standard
 from heedful_crosscheck.yardstick import Tensors
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-# Most of the time goes into XLA's compilations, which leave Python's lock alone: JAX backends run side
-# by side. torch chooses its SDPA kernel for the whole process, so what calls torch runs one at a time.
+# Most of the time goes into XLA's compilations, which use one core and leave Python's lock alone.
 WORKERS = min(os.cpu_count() or 1, 4)
-_one_at_a_time = Lock()
 # Questions are asked before the ones ahead of them are answered, so that nobody waits for a compilation
 # of somebody else; each holds its inputs and what is right, so that this is for small ones.
 AHEAD, SMALL = 2, 2**22
@@ -93,6 +79,10 @@ class Outcome:
         seconds: of the first answer, compilation included.
         kernel: what computed it, in the backend's words, where there is more to say than its name.
         lengths: Sq and Sk; None where it was not asked.
+        crashed: whether its process came to an end on it, or to its limits; the one failure says how.
+        output: what it printed last, where it crashed.
+        seed: of the inputs and the cotangents.
+        inputs: a hash of what was asked; "" where nothing was.
     """
 
     backend: str
@@ -107,114 +97,177 @@ class Outcome:
     seconds: float = 0.0
     kernel: str = ""
     lengths: tuple[int, int] | None = None
+    crashed: bool = False
+    output: str = ""
+    seed: int = 0
+    inputs: str = ""
 
     @property
     def verdict(self) -> str:
-        """Whether the backend is right: "agree", "lossy", "disagree"; "refused" where it did not run."""
+        """Whether the backend is right: "agree", "lossy", "disagree"; "crashed"; "refused": not run."""
         if self.reasons:
             return "refused"
+        if self.crashed:
+            return "crashed"
         return "disagree" if self.failures else "lossy" if self.losses else "agree"
 
 
-def collect_outcomes(
-    backends: Sequence[str],
-    cases: Sequence[Case],
-    dtypes: Sequence[str] | None,
-    seed: int,
-    outcomes: list[Outcome],
-    progress: Progress | None = None,
-    left_out: Mapping[str, str] = MappingProxyType({}),
-    declines: frozenset[str] = frozenset(),
-) -> None:
-    """Every backend on every case in every dtype; whatever a backend raises stops nothing.
+class Key(NamedTuple):
+    """Which outcome: whose, and of what."""
 
-    Args:
-        backends: their names.
-        cases: what to ask them.
-        dtypes: of q, k and v; None: each case's own.
-        seed: of the generated inputs and of all cotangents.
-        outcomes: where they are put, one after the other: what is known when the run is ended.
-        progress: called with (done, total, what comes next).
-        left_out: which of the backends are not asked, and why.
-        declines: promises that these backends do not make, of `function.PROMISES`.
-    """
-    callers = {framework(name) for name in backends} | {case.caller for case in cases}
-    if "torch" in callers and find_spec("torch"):
-        caller_of("torch")  # imported now, so that its settings are among those that are kept
-    settings = _Settings.now()
-    pairs = [(case, dtype) for case in cases for dtype in dtypes_of(case, dtypes)]
-    # NumPy's products here are small: with threads of their own they wait for each other, a quarter of
-    # the time. torch's and XLA's are left as they are.
-    one_thread = threadpool_limits(1, user_api="blas")
-    with one_thread, warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
-        warnings.filterwarnings("ignore", COPIED, UserWarning)
-        asked: deque[list[Future[Outcome]]] = deque()  # question by question
-
-        def wait(most: int) -> None:
-            while len(asked) > most:
-                outcomes.extend([answer.result() for answer in asked[0]])
-                asked.popleft()
-
-        try:
-            for done, (case, dtype) in enumerate(pairs):
-                if progress:
-                    progress(done, len(pairs), f"{case.name} {dtype}")
-                facts = case.name, case.group, dtype
-                of_it = [name for name in backends if is_asked(name, case)]
-                to_ask = [name for name in of_it if name not in left_out]
-                outcomes += [Outcome(n, *facts, (left_out[n],)) for n in of_it if n in left_out]
-                try:
-                    question = Question.of(case, seed, dtype, declines=declines)
-                    question.check_range()
-                    refusal = question.unpromised
-                except InputError as error:
-                    refusal = str(error)
-                if refusal:
-                    said = (refusal,)
-                    asked.append([pool.submit(Outcome, name, *facts, said) for name in to_ask])
-                else:
-                    asked.append([pool.submit(settings.outcome, name, question) for name in to_ask])
-                    wait(AHEAD if question.inputs.q.nbytes < SMALL else 0)
-            wait(0)
-        finally:  # ended from outside: what is known counts, what nobody began is left
-            left = [answer for answers in asked for answer in answers if not answer.cancel()]
-            outcomes += [answer.result() for answer in left]
-    if progress:
-        progress(len(pairs), len(pairs), "")
+    backend: str
+    case: str
+    dtype: str
+    seed: int
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """What was set for the process when the run began; a backend may set it, and others come after."""
+class Inquiry:
+    """Who is asked what.
 
-    folder: str
-    x64: bool
-    errors: dict[str, Any]
-    torch: tuple[Any, bool] | None
+    Attributes:
+        respondents: by backend, those that answer for it side by side.
+        cases: what they are asked.
+        dtypes: of q, k and v; None: each case's own.
+        seeds: of the generated inputs and of all cotangents.
+        declines: promises that these backends do not make, of `function.PROMISES`.
+        by_name: whether somebody named them; those that want to be named are left out otherwise.
+    """
 
-    @classmethod
-    def now(cls) -> "_Settings":
-        torch = sys.modules.get("torch")
-        of_torch = (torch.get_default_dtype(), torch.is_grad_enabled()) if torch else None
-        return cls(os.getcwd(), _x64_is_enabled(), dict(np.geterr()), of_torch)
+    respondents: Mapping[str, Sequence[Respondent]]
+    cases: Sequence[Case]
+    dtypes: Sequence[str] | None
+    seeds: Sequence[int]
+    declines: frozenset[str] = frozenset()
+    by_name: bool = True
 
-    def outcome(self, name: str, question: Question) -> Outcome:
-        """The outcome; afterwards all is set as before."""
+    @property
+    def questions(self) -> list[tuple[Case, str, int]]:
+        """Case, dtype and seed, in the order in which they are asked."""
+        return [
+            (case, dtype, seed)
+            for seed in self.seeds
+            for case in self.cases
+            for dtype in dtypes_of(case, self.dtypes)
+        ]
+
+
+def collect_outcomes(
+    inquiries: Sequence[Inquiry],
+    known: Callable[[Outcome], None],
+    jobs: int = WORKERS,
+    progress: Progress | None = None,
+    answered: Collection[Key] = (),
+) -> None:
+    """Every backend on every case in every dtype; whatever a backend does stops nothing.
+
+    Args:
+        inquiries: one after the other.
+        known: told each outcome as soon as it is one, question by question.
+        jobs: how many backends compute at once.
+        progress: called with (done, total, what comes next).
+        answered: what is not asked again.
+    """
+    total = sum(len(inquiry.questions) for inquiry in inquiries)
+    done = 0
+    # NumPy's products here are small: with threads of their own they wait for each other, a quarter of
+    # the time. torch's and XLA's are left as they are.
+    one_thread = threadpool_limits(1, user_api="blas")
+    with one_thread, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", COPIED, UserWarning)
+        for inquiry in inquiries:
+            with _Lanes(inquiry, jobs, known) as lanes:
+                for case, dtype, seed in inquiry.questions:
+                    if progress:
+                        progress(done, total, f"{case.name} {dtype}")
+                    names = [
+                        name
+                        for name in inquiry.respondents
+                        if is_asked(name, case)
+                        and Key(name, case.name, dtype, seed) not in answered
+                    ]
+                    if names:
+                        lanes.ask(names, case, dtype, seed)
+                    done += 1
+    if progress:
+        progress(done, total, "")
+
+
+class _Lanes:
+    """A thread for each respondent, of which as many work at once as there are jobs."""
+
+    def __init__(self, inquiry: Inquiry, jobs: int, known: Callable[[Outcome], None]):
+        self.inquiry, self.known = inquiry, known
+        self.slots = BoundedSemaphore(jobs)
+        self.asked: deque[list[Future[Outcome]]] = deque()  # question by question
+        self.idle: dict[str, LifoQueue[Respondent]] = {}
+        self.pools: dict[str, ThreadPoolExecutor] = {}
+
+    def __enter__(self) -> "_Lanes":
+        self.open = ExitStack()
+        for name, respondents in self.inquiry.respondents.items():
+            self.idle[name] = LifoQueue()
+            for respondent in respondents:
+                self.idle[name].put(respondent)
+            self.pools[name] = self.open.enter_context(ThreadPoolExecutor(len(respondents)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self.open:
+            try:
+                if kind is None:
+                    self._wait(0)
+            finally:  # ended from outside: what is known counts, what nobody began is left
+                left = [
+                    answer for answers in self.asked for answer in answers if not answer.cancel()
+                ]
+                for respondents in self.inquiry.respondents.values():
+                    for respondent in respondents:
+                        respondent.stop()
+                self._tell(left)
+
+    def ask(self, names: Sequence[str], case: Case, dtype: str, seed: int) -> None:
+        """Asks a question of these backends; waits while too many are ahead of it."""
+        declines = self.inquiry.declines
         try:
-            return outcome(name, question)
-        finally:
-            os.chdir(self.folder)
-            if self.torch is not None:
-                dtype, recorded = self.torch
-                sys.modules["torch"].set_default_dtype(dtype)
-                sys.modules["torch"].set_grad_enabled(recorded)
-            np.seterr(**self.errors)
-            if _x64_is_enabled() != self.x64:
-                jax.config.update("jax_enable_x64", self.x64)
+            question = Question.of(case, seed, dtype, declines=declines)
+            question.check_range()
+            refusal = question.unpromised
+        except InputError as error:
+            refusal = str(error)
+        if refusal:
+            facts = case.name, case.group, dtype
+            found = [Outcome(name, *facts, (refusal,), seed=seed) for name in names]
+            self.asked.append(list(map(_settled, found)))
+        else:
+            self.asked.append([self.pools[n].submit(self._outcome, n, question) for n in names])
+            self._wait(AHEAD if question.inputs.q.nbytes < SMALL else 0)
+
+    def _outcome(self, name: str, question: Question) -> Outcome:
+        with self.slots:
+            respondent = self.idle[name].get()
+            try:
+                return outcome(respondent, question, self.inquiry.by_name)
+            finally:
+                self.idle[name].put(respondent)
+
+    def _wait(self, most: int) -> None:
+        while len(self.asked) > most:
+            self._tell(self.asked[0])
+            self.asked.popleft()
+
+    def _tell(self, answers: Sequence[Future[Outcome]]) -> None:
+        for answer in answers:
+            try:
+                self.known(answer.result())
+            except Stopped:
+                continue
 
 
-def _x64_is_enabled() -> bool:
-    return bool(jax.config.read("jax_enable_x64"))
+def _settled(found: Outcome) -> Future[Outcome]:
+    future: Future[Outcome] = Future()
+    future.set_result(found)
+    return future
 
 
 def is_asked(backend: str, case: Case) -> bool:
@@ -233,49 +286,63 @@ def dtypes_of(case: Case, dtypes: Sequence[str] | None) -> Sequence[str]:
     return [case.dtype] if dtypes is None or case.dtype in dtypes else []
 
 
-def outcome(name: str, question: Question) -> Outcome:
-    """One backend's answer to one question, judged."""
-    case, dtype = question.case, question.dtype
-    lengths = question.problem.q_length, question.problem.kv_length
-    result = Outcome(name, case.name, case.group, dtype, lengths=lengths)
-    beside_others = framework(name) == "jax" and question.calls_from in (None, "jax")
+def outcome(respondent: Respondent, question: Question, by_name: bool = True) -> Outcome:
+    """One backend's answer to one question, judged.
+
+    Args:
+        respondent: the backend.
+        question: what it is asked.
+        by_name: whether somebody named it; one that wants to be named is left out otherwise.
+    """
+    case, dtype, name = question.case, question.dtype, respondent.name
+    result = Outcome(
+        *(name, case.name, case.group, dtype),
+        lengths=(question.problem.q_length, question.problem.kv_length),
+        seed=question.seed,
+        inputs=question.inputs.fingerprint,
+    )
     faults: list[Fault]
     try:
-        with float64_where_asked(dtype), nullcontext() if beside_others else _one_at_a_time:
-            started = time.perf_counter()
-            with_lse, lse_reasons, answer = _first_answer(name, question)
-            seconds = time.perf_counter() - started
-            lacking = {"LSE": lse_reasons} if lse_reasons else {}
-            kernel, why_no_gradients = about(name, question)
-            if why_no_gradients:
-                lacking["gradients"] = (why_no_gradients,)
-            result = replace(result, lacking=lacking, seconds=seconds, kernel=kernel)
-            asked = question
-            judgements, faults = judge_all(question, answer, with_lse)
-            if with_lse and "gradients" not in lacking and not faults:
-                asked = _of_out_alone(question)
-                judgements, faults = _judge_again(name, question, asked, judgements)
-            if faults:
-                judgements, faults = _diagnose(name, asked, with_lse, judgements, faults)
-                if asked is not question:
-                    faults = [(t, f"{said}; without a cotangent of LSE") for t, said in faults]
-            faults += _unrepeated(name, question, with_lse, answer)
-            promised = "second_derivatives" not in question.declines
-            if case.second and promised and "gradients" not in lacking and not faults:
-                second, reasons = _second_derivatives(name, question, with_lse)
-                faults += [(t, fault) for t, found in second.items() for fault in found.faults]
-                judgements |= second
-                lacking |= {"second derivatives": reasons} if reasons else {}
-            result = replace(result, judgements=judgements, lacking=lacking)
+        respondent.start()
+        if not by_name and (why := respondent.why_unasked()):
+            raise Refused((f"left out: {why}; name it to ask it",))
+        started = time.perf_counter()
+        with_lse, lse_reasons, answer = _first_answer(respondent, question)
+        seconds = time.perf_counter() - started
+        lacking = {"LSE": lse_reasons} if lse_reasons else {}
+        about = respondent.about(question)
+        if about.forward_only:
+            lacking["gradients"] = (about.forward_only,)
+        result = replace(result, lacking=lacking, seconds=seconds, kernel=about.kernel)
+        asked = question
+        judgements, faults = judge_all(question, answer, with_lse)
+        if with_lse and "gradients" not in lacking and not faults:
+            asked = _of_out_alone(question)
+            judgements, faults = _judge_again(respondent, question, asked, judgements)
+        if faults:
+            judgements, faults = _diagnose(respondent, asked, with_lse, judgements, faults)
+            if asked is not question:
+                faults = [(t, f"{said}; without a cotangent of LSE") for t, said in faults]
+        if about.deterministic:
+            faults += _unrepeated(respondent, question, with_lse, answer)
+        promised = "second_derivatives" not in question.declines
+        if case.second and promised and "gradients" not in lacking and not faults:
+            second, reasons = _second_derivatives(respondent, question, with_lse)
+            faults += [(t, fault) for t, found in second.items() for fault in found.faults]
+            judgements |= second
+            lacking |= {"second derivatives": reasons} if reasons else {}
+        result = replace(result, judgements=judgements, lacking=lacking)
     except Refused as refusal:
         return replace(result, reasons=refusal.reasons)
-    except BaseException as error:  # whatever a backend raises
-        ends = not isinstance(error, Exception | SystemExit)
-        # An interrupt, which other threads never see.
-        if ends and current_thread() is main_thread():
-            raise
-        tensor = error.tensor if isinstance(error, WrongResult) else None
-        faults = [(tensor, f"raised {in_a_line(error)}")]
+    except Crashed as crash:
+        result = replace(result, crashed=True, output=crash.output)
+        faults = [(None, f"crashed: {crash}")]
+    except Raised as raised:
+        faults = [(raised.tensor, f"raised {raised}")]
+    except Stopped:
+        raise
+    except Exception as error:  # of an answer that is none
+        faults = [(None, f"cannot be judged: {in_a_line(error)}")]
     return concluded(result, question, faults)
 
 
@@ -294,7 +361,9 @@ def concluded(result: Outcome, question: Question, faults: Sequence[Fault]) -> O
     return replace(result, failures=failures, losses=lost)
 
 
-def _first_answer(name: str, question: Question) -> tuple[bool, tuple[str, ...], Tensors]:
+def _first_answer(
+    respondent: Respondent, question: Question
+) -> tuple[bool, tuple[str, ...], Tensors]:
     """Whether LSE was asked for, why not where the backend refuses that alone, and the answer.
 
     The K and V that nobody sees hold NaN and infinities from the start: most runs pass, and what
@@ -302,11 +371,11 @@ def _first_answer(name: str, question: Question) -> tuple[bool, tuple[str, ...],
     """
     inputs = question.poisoned or question.inputs
     if not question.case.return_lse:
-        return False, (), ask(name, question, inputs, with_lse=False)
+        return False, (), respondent.answer(question, inputs, with_lse=False)
     try:
-        return True, (), ask(name, question, inputs, with_lse=True)
+        return True, (), respondent.answer(question, inputs, with_lse=True)
     except Refused as refusal:
-        answer = ask(name, question, inputs, with_lse=False)
+        answer = respondent.answer(question, inputs, with_lse=False)
         return False, refusal.reasons, answer
 
 
@@ -339,14 +408,14 @@ def _of_out_alone(question: Question) -> Question:
 
 
 def _judge_again(
-    name: str, question: Question, alone: Question, judgements: dict[str, Judgement]
+    respondent: Respondent, question: Question, alone: Question, judgements: dict[str, Judgement]
 ) -> tuple[dict[str, Judgement], list[Fault]]:
     """Judges the gradients again, of out alone, and keeps what is worse.
 
     On peaked rows out's gradients nearly cancel, and LSE's are large: within their sum all digits of
     out's may be lost unseen. They are what most users ask for.
     """
-    answer = ask(name, alone, question.poisoned or question.inputs, with_lse=True)
+    answer = respondent.answer(alone, question.poisoned or question.inputs, with_lse=True)
     found, faults = judge_all(question, answer, with_lse=False)
     worse = {
         t: max(judgements[t], j, key=lambda judgement: judgement.strain) for t, j in found.items()
@@ -355,7 +424,7 @@ def _judge_again(
 
 
 def _diagnose(
-    name: str,
+    respondent: Respondent,
     question: Question,
     with_lse: bool,
     judgements: dict[str, Judgement],
@@ -364,7 +433,7 @@ def _diagnose(
     """Asks a backend that failed again, more easily, to say what it stumbles over."""
     if question.poisoned is not None:
         judgements, unpoisoned = judge_all(
-            question, ask(name, question, question.inputs, with_lse), with_lse
+            question, respondent.answer(question, question.inputs, with_lse), with_lse
         )
         if not unpoisoned:
             leak = "; right while K and V that nobody sees hold no NaN and no infinity"
@@ -372,7 +441,7 @@ def _diagnose(
         faults = unpoisoned
     wrong = {tensor for tensor, _ in faults}
     if with_lse and wrong and wrong.isdisjoint({"out", "lse", "dv"}):
-        answer = ask(name, _of_out_alone(question), question.inputs, with_lse=True)
+        answer = respondent.answer(_of_out_alone(question), question.inputs, with_lse=True)
         if not judge_all(question, answer, with_lse=False)[1]:
             part = (
                 "; right without a cotangent of LSE: what flows back through LSE is wrong or lost"
@@ -382,28 +451,24 @@ def _diagnose(
 
 
 def _second_derivatives(
-    name: str, question: Question, with_lse: bool
+    respondent: Respondent, question: Question, with_lse: bool
 ) -> tuple[dict[str, Judgement], tuple[str, ...]]:
     """Judges the second derivatives of a backend that has them; why it has none."""
     direction = directions(question)
     try:
-        got = ask_second(name, question, with_lse, direction)
-    except Exception as error:  # which kind says "there is none" differs by framework
-        if is_refusal(error):
-            return {}, ("its gradient cannot be differentiated again",)
-        raise
-    if got is None:
-        return {}, ("NumPy differentiates nothing",)
+        got = respondent.second(question, with_lse, direction)
+    except Refused as refusal:
+        return {}, refusal.reasons
     canonical = question.canonical({n.replace("d2", "d"): x for n, x in got.items()})
     got = {n.replace("d", "d2", 1): x for n, x in canonical.items()}
     return judge_second(question, got, right(question, direction, with_lse)), ()
 
 
-def _unrepeated(name: str, question: Question, with_lse: bool, answer: Tensors) -> list[Fault]:
+def _unrepeated(
+    respondent: Respondent, question: Question, with_lse: bool, answer: Tensors
+) -> list[Fault]:
     """Tensors that came out differently when a backend that claims otherwise was asked again."""
-    if not getattr(heedful.backends()[name], "deterministic", False):
-        return []
-    again = ask(name, question, question.poisoned or question.inputs, with_lse)
+    again = respondent.answer(question, question.poisoned or question.inputs, with_lse)
     return [
         (
             tensor,

@@ -119,6 +119,7 @@ class _Contract:
         from heedful_crosscheck.callers import QUICKLY, JaxCaller, caller_of
         from heedful_crosscheck.function_backend import registered
         from heedful_crosscheck.question import Question
+        from heedful_crosscheck.respondent import Here
         from heedful_crosscheck.run import outcome
 
         framework = self.backend.framework
@@ -131,7 +132,7 @@ class _Contract:
         if question.unpromised:
             pytest.skip(question.unpromised)
         with registered(self.backend) as name:
-            found = outcome(name, question)
+            found = outcome(Here(name), question)
         if found.reasons:
             pytest.skip("; ".join(found.reasons))
         said = found.failures + (found.losses if self.strict else ())

@@ -38,6 +38,7 @@ from heedful_crosscheck.contract.cases import CASES, EVERYTHING, FORMS, case
 from heedful_crosscheck.factors import FACTORS, OPTIONS, Row
 from heedful_crosscheck.files import InputError
 from heedful_crosscheck.question import Question
+from heedful_crosscheck.respondent import Here
 from heedful_crosscheck.run import COPIED, outcome
 
 _required = os.environ.get("HEEDFUL_REQUIRE_BACKENDS")
@@ -154,7 +155,7 @@ class Contract:
 
     def _check(self, question: Question) -> None:
         case = question.case
-        found = outcome(self.backend, question)
+        found = outcome(Here(self.backend), question)
         said = found.failures + (found.losses if self.strict else ())
         assert not said, "\n".join(map(str, said))
         if found.reasons:
