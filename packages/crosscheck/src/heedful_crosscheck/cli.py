@@ -271,6 +271,68 @@ def replay(
     raise typer.Exit(_exit_status(report, backend or []))
 
 
+@app.command()
+def backends(
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="B,Hq,Sq,D", help="Of one call's q: who takes it, and who is chosen?"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of that call.")] = "float32",
+    causal: Annotated[bool, typer.Option("--causal", help="The same as --with causal.")] = False,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME[=VALUE]",
+            help="What else it asks: window=256,0 or mask=qk or softcap or return_lse; repeat for more.",
+        ),
+    ] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Hkv, where it is not Hq.")] = None,
+    kv_length: Annotated[int | None, typer.Option(min=0, help="Sk, where it is not Sq.")] = None,
+    value_dim: Annotated[int | None, typer.Option(min=1, help="Dv, where it is not D.")] = None,
+    caller: Annotated[
+        str, typer.Option("--from", help="Whose arrays call: jax, numpy or torch.")
+    ] = "jax",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    imports: Imports = None,
+) -> None:
+    """What each backend can do here, and why each other cannot; or who takes one call, and who not.
+
+    Computes nothing. Exit status: 0, or 2 where that is no call.
+    """
+    from heedful_crosscheck import abilities, asking
+
+    _import(imports or [])
+    if shape is None:
+        found = abilities.here()
+        _print(json.dumps(found.as_json(), indent=1) if as_json else found)
+        return
+    try:
+        explanation = abilities.explained(
+            caller,
+            asking.sizes(shape, kv_heads, kv_length, value_dim),
+            dtype,
+            asking.asked([*(with_ or []), *(["causal"] if causal else [])]),
+        )
+    except (TypeError, ValueError) as error:
+        _stop(str(error))
+    said = abilities.explanation_as_json(explanation)
+    typer.echo(json.dumps(said, indent=1) if as_json else explanation)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    imports: Imports = None,
+) -> None:
+    """What is installed here, what works and what does not: a text for a bug report."""
+    from heedful_crosscheck.doctor import examine
+
+    _import(imports or [])
+    found = examine()
+    typer.echo(json.dumps(found.as_json(), indent=1) if as_json else found)
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM came, which is to be like Ctrl-C."""
 
@@ -287,6 +349,16 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)
     part.replace(path)
+
+
+def _print(found: Any) -> None:
+    """Text as it is, anything else as Rich lays it out."""
+    if isinstance(found, str):
+        typer.echo(found)
+        return
+    from heedful_crosscheck.report import WIDTH
+
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(found)
 
 
 def _exit_status(report: "Report", asked_for: list[str]) -> int:

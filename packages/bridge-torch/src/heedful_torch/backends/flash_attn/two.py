@@ -99,6 +99,18 @@ def _why_not_interpreted() -> str | None:
     return None
 
 
+def _why_not_installed() -> list[str]:
+    try:
+        version(PACKAGE)
+    except PackageNotFoundError:
+        return [f"{PACKAGE} is not installed"]
+    return []
+
+
+def _said(why: str | None) -> list[str]:
+    return [] if why is None else [why]
+
+
 class FlashAttn2:
     """flash-attn 2. Memory grows with Sq + Sk."""
 
@@ -113,22 +125,18 @@ class FlashAttn2:
         return not torch.cuda.is_available()
 
     def reasons(self, problem: Problem) -> list[str]:
-        try:
-            version(PACKAGE)
-        except PackageNotFoundError:
-            return [f"{PACKAGE} is not installed"]
         if problem.platform == "gpu":
             reasons = cuda_limits(problem, ("float16", "bfloat16"), (8, 0))
             reasons += limits(CUDA, problem, self.takes)
-            return reasons or list(filter(None, [why_not_imported("flash_attn")]))
+            return reasons or _why_not_installed() or _said(why_not_imported("flash_attn"))
         reasons = limits(INTERPRETED, problem, self.takes)
         if problem.dtype == "float64":
             reasons.append("these kernels take float32, float16 and bfloat16, not float64")
         if problem.softcap is not None:
             reasons.append("its Triton kernels, which run on a CPU, ignore a softcap")
-        if problem.platform == "meta" or reasons:
-            return reasons
-        return list(filter(None, [_why_not_interpreted()]))
+        if reasons or (missing := _why_not_installed()):
+            return reasons or missing
+        return [] if problem.platform == "meta" else _said(_why_not_interpreted())
 
     def kernel(self, problem: Problem) -> str:
         which = "CUDA kernels" if problem.platform == "gpu" else "Triton kernels, interpreted"
