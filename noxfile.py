@@ -20,6 +20,12 @@ COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
+# A test compiles a program to run it once: compiling it is nearly all that the tests take time for.
+HARDLY_OPTIMISED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# XLA's older way to emit kernels compiles twice as fast; the newer of the two JAX has it no more.
+OF_THE_OLDER_JAX = f"{HARDLY_OPTIMISED} --xla_cpu_use_fusion_emitters=false"
+# Here programs are as users have them.
+AS_USERS_HAVE_THEM = ("jax:flash", "jax:plain", "jax:nn-xla")
 
 # Every backend, and what its session installs beside the shared environment, step by step.
 BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -63,8 +69,6 @@ HOPPER = {
 }
 
 PACKAGES = ("packages/core-jax", "packages/bridge-torch", "packages/crosscheck")
-# A test compiles a program to run it once.
-HARDLY_OPTIMISED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # The tests of core that another Python may fail with the same JAX.
 OF_PYTHON = (
     "compilations", "compiled", "dispatch", "export", "numpy_bridge", "oracle", "packaging", "pickle",
@@ -83,12 +87,11 @@ def install(session: nox.Session, *requirements: str, env: dict[str, str] | None
     session.install(*constraints, *requirements, env=env)
 
 
-def compiled(session: nox.Session) -> dict[str, str]:
-    """Where JAX keeps what it has compiled, and that it keeps it all."""
-    folder = (
-        session.cache_dir.parent / "compiled"
-    ).absolute()  # for tests that go to another folder
-    return {"JAX_COMPILATION_CACHE_DIR": str(folder)} | COMPILED
+def compiled(session: nox.Session, flags: str = OF_THE_OLDER_JAX) -> dict[str, str]:
+    """Where JAX keeps what it has compiled, that it keeps it all, and how XLA compiles it."""
+    folder = session.cache_dir.parent / "compiled"
+    absolute = str(folder.absolute())  # for tests that go to another folder
+    return {"JAX_COMPILATION_CACHE_DIR": absolute, "XLA_FLAGS": flags} | COMPILED
 
 
 def shared_folder(session: nox.Session) -> Path:
@@ -133,10 +136,8 @@ def install_beside(session: nox.Session, *backends: str) -> None:
 def core(session: nox.Session) -> None:
     """Test heedful and its judge with no torch installed, on two generations of JAX."""
     install(session, "packages/core-jax", "packages/crosscheck", *TEST_TOOLS)
-    session.env.update(compiled(session))
-    if session.python != "3.11":
-        # Programs as users have them are tested there; of the newer JAX, that all of it is right.
-        session.env["XLA_FLAGS"] = HARDLY_OPTIMISED
+    older = session.python == "3.11"
+    session.env.update(compiled(session, OF_THE_OLDER_JAX if older else HARDLY_OPTIMISED))
     # Backends are held to the contract in sessions of their own, by the older JAX; by the newer one
     # here, those that it computes.
     contract = "tests/core/test_backends.py"
@@ -175,7 +176,8 @@ def bridge(session: nox.Session) -> None:
 def backend(session: nox.Session, backend: str) -> None:
     """Hold one backend to the contract; it must be able to run."""
     install_beside(session, backend)
-    session.env.update({"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session))
+    flags = "" if backend in AS_USERS_HAVE_THEM else OF_THE_OLDER_JAX
+    session.env.update({"HEEDFUL_REQUIRE_BACKENDS": backend} | compiled(session, flags))
     for tests in tests_of(backend):
         session.run("python", "-m", *PYTEST, *tests, *session.posargs)
 
@@ -218,7 +220,6 @@ def conformance(session: nox.Session) -> None:
     """Test against ONNX's cases and flash-attn's tests, backends broken on purpose, and the README."""
     session.env.update(compiled(session))
     run(session, *PYTEST, "tests/conformance", *session.posargs)
-    session.env["XLA_FLAGS"] = HARDLY_OPTIMISED
     run(session, "python", "tests/conformance/flash_attns_own.py", fetched(session, "flash_attn"))
 
 

@@ -15,13 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 import heedful
 
-# As in test_sharding.py: what LLVM spends on making a program fast never comes back.
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SCRIPT = Path(__file__).with_name("ringed.py")
 
 
 def start(*arguments, devices=8):
-    flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, SCRIPT, *map(str, arguments)],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

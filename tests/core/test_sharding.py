@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# What LLVM spends on making a program fast never comes back; how it is cut up is decided before.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
+FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 
 @pytest.mark.parametrize("mesh", ["auto", "explicit", "shard_map"])
