@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from shutil import which
 
 import nox
 
@@ -69,6 +70,7 @@ HOPPER = {
 }
 
 PACKAGES = ("packages/core-jax", "packages/bridge-torch", "packages/crosscheck")
+REPORT = "packages/crosscheck[report]"
 # The tests of core that another Python may fail with the same JAX.
 OF_PYTHON = (
     "compilations", "compiled", "dispatch", "export", "numpy_bridge", "oracle", "packaging", "pickle",
@@ -135,7 +137,7 @@ def install_beside(session: nox.Session, *backends: str) -> None:
 @nox.session(python=PYTHONS)
 def core(session: nox.Session) -> None:
     """Test heedful and its judge with no torch installed, on two generations of JAX."""
-    install(session, "packages/core-jax", "packages/crosscheck", *TEST_TOOLS)
+    install(session, "packages/core-jax", REPORT, *TEST_TOOLS)
     older = session.python == "3.11"
     session.env.update(compiled(session, OF_THE_OLDER_JAX if older else HARDLY_OPTIMISED))
     # Backends are held to the contract in sessions of their own, by the older JAX; by the newer one
@@ -157,7 +159,7 @@ def core(session: nox.Session) -> None:
 def environment(session: nox.Session) -> None:
     """Make the environment that the sessions below share: all packages, torch, every tool."""
     # einops is what flash-attn's own tests ask for.
-    install(session, *PACKAGES, *TEST_TOOLS, "einops", "mypy", "onnx", "ruff")
+    install(session, *PACKAGES, REPORT, *TEST_TOOLS, "einops", "mypy", "onnx", "ruff")
 
 
 @shared_session()
@@ -236,6 +238,17 @@ def crosscheck(session: nox.Session) -> None:
     """Run the main job, with its options after `--`: which backends agree with the oracle?"""
     install_beside(session, *BACKENDS)
     session.run("python", "-m", "heedful_crosscheck", "crosscheck", *session.posargs)
+
+
+@nox.session(python="3.11", requires=["environment"], default=False)
+def browser(session: nox.Session) -> None:
+    """Look at a report in Chromium, headless: Debian's packages chromium and chromium-driver."""
+    for program in ("chromium", "chromedriver"):
+        if which(program) is None:
+            session.error(f"no {program}: apt-get install chromium chromium-driver")
+    install_beside(session)
+    install(session, "selenium")
+    session.run("python", "-m", "pytest", "tests/browser", *session.posargs)
 
 
 @nox.session(python="3.11", requires=["environment"], default=False)

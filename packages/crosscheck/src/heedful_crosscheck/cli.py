@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -37,6 +40,22 @@ Strict = Annotated[bool, typer.Option("--strict", help="Count lossy as disagreem
 Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Imported first: one that registers."),
+]
+
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="PATH",
+        help="Where the report goes as one HTML file; of heedful-crosscheck[report].",
+    ),
+]
+Markdown = Annotated[
+    Path | None,
+    typer.Option("--markdown", metavar="PATH", help="The same, for a comment on a pull request."),
+]
+JUnit = Annotated[
+    Path | None, typer.Option("--junit", metavar="PATH", help="The same, as CI systems read tests.")
 ]
 
 
@@ -74,6 +93,9 @@ def crosscheck(
     json_path: Annotated[
         Path, typer.Option("--json", metavar="PATH", help="Where the report goes as JSON.")
     ] = Path("crosscheck.json"),
+    html: Html = None,
+    markdown: Markdown = None,
+    junit: JUnit = None,
     seed: Seed = 0,
     quick: Annotated[
         bool,
@@ -159,8 +181,7 @@ def crosscheck(
         _stop(f"{said} describes a function, and none is named. Name it: package.module:function.")
     _import(imports or [])
     judged = None if function is None else _function(function)
-    target = json_path.resolve()  # now: a backend may leave this folder, and a link stays a link
-    _check_writable(target)
+    files = _files(json=json_path, html=html, markdown=markdown, junit=junit)
     if input_file and json_path.exists() and input_file.exists() and json_path.samefile(input_file):
         _stop(f"--json {json_path} is the file of --input. Write the report to another one.")
     if quick and (cases or input_file):
@@ -196,10 +217,10 @@ def crosscheck(
         _stop(str(error))
     except judge.Interrupted as interrupted:
         report, ended = interrupted.report, interrupted.__cause__
-    # First the file: what a backend did to this process may keep the table from being printed.
-    _write(target, json.dumps(report.as_json(), indent=1) + "\n")
-    wide = None if sys.stdout.isatty() else judge.report.WIDTH
-    Console(width=wide).print(report)
+    report = replace(report, command=_command())
+    # First the files: what a backend did to this process may keep the table from being printed.
+    _write_as(report, files)
+    _print(report)
     typer.echo(f"The same as JSON: {json_path}")
     if ended is not None:
         typer.echo(
@@ -266,8 +287,7 @@ def replay(
     report = judge.Report(tuple(outcomes), found.seed, seconds, strict)
     when, by = found.environment["date"], found.kernel or found.backend
     typer.echo(f"{file}: {by}, {when}, judged by the oracle; the others by its answers.")
-    wide = None if sys.stdout.isatty() else judge.report.WIDTH
-    Console(width=wide).print(report)
+    _print(report)
     raise typer.Exit(_exit_status(report, backend or []))
 
 
@@ -333,6 +353,80 @@ def doctor(
     typer.echo(json.dumps(found.as_json(), indent=1) if as_json else found)
 
 
+@app.command()
+def report(
+    file: Annotated[
+        Path, typer.Argument(metavar="CROSSCHECK.json", help="Of `heedful crosscheck --json`.")
+    ],
+    html: Html = None,
+    markdown: Markdown = None,
+    junit: JUnit = None,
+) -> None:
+    """Show a report that was saved, here or in other forms; nothing is run.
+
+    Exit status: 0 it is shown, 2 it could not be read.
+    """
+    found = _report(file)
+    files = _files(html=html, markdown=markdown, junit=junit)
+    _write_as(found, files)
+    if not files:
+        _print(found)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE.json", help="A report.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER.json", help="A later one.")],
+) -> None:
+    """Say what got better or worse between two reports: of versions of torch, JAX, a driver.
+
+    Worse is another verdict, an error that grew by more than noise, a run that is no longer there.
+
+    Exit status: 0 nothing is worse, 1 something is, 2 a report could not be read.
+    """
+    from heedful_crosscheck.report.changes import Changes
+
+    changes = Changes(_report(before), _report(after))
+    _print(changes)
+    raise typer.Exit(DISAGREE if changes.worse else AGREE)
+
+
+def _command() -> str:
+    """What was typed."""
+    return shlex.join(["heedful", *sys.argv[1:]])
+
+
+def _files(**asked: Path | None) -> dict[str, Path]:
+    """By form where the report goes; now, since a backend may leave this folder, and a link a link."""
+    files = {form: path.resolve() for form, path in asked.items() if path is not None}
+    for form, path in files.items():
+        _check_writable(path, f"--{form} {asked[form]}")
+        if same := [other for other in files if other != form and files[other] == path]:
+            _stop(f"--{form} and --{same[0]} name one file, {asked[form]}. Name two.")
+    missing = [x for x in ("jinja2", "matplotlib") if "html" in files and find_spec(x) is None]
+    if missing:
+        _stop(f"--html needs {' and '.join(missing)}: pip install 'heedful-crosscheck[report]'.")
+    return files
+
+
+def _write_as(report: "Report", files: dict[str, Path]) -> None:
+    """JSON before the rest, which it can be made of."""
+    for form, path in files.items():
+        if form == "json":
+            _write(path, json.dumps(report.as_json(), indent=1) + "\n")
+        else:
+            _write(path, getattr(report, f"as_{form}")())
+
+
+def _report(path: Path) -> "Report":
+    import heedful_crosscheck as judge
+
+    try:
+        return judge.Report.read(path)
+    except ValueError as error:
+        _stop(str(error))
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM came, which is to be like Ctrl-C."""
 
@@ -344,10 +438,10 @@ def _end(*_: object) -> NoReturn:
 def _write(path: Path, text: str) -> None:
     """The whole file or none of it; what is no file, as /dev/stdout, as it goes."""
     if path.exists() and not path.is_file():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -408,13 +502,13 @@ def _integers(option: str, text: str) -> list[int]:
         _stop(f"{option} takes whole numbers, separated by commas. Got {text!r}.")
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(path: Path, asked: str) -> None:
     """Before the long run, not after it."""
     existed = path.exists()
     try:
         path.open("a").close()
     except OSError as error:
-        _stop(f"--json {path} cannot be written: {error}")
+        _stop(f"{asked} cannot be written: {error}")
     if not existed:
         path.unlink()
 

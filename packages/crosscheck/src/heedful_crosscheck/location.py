@@ -67,7 +67,7 @@ class HeatMap:
         return sum(share > least for least in (0.0, 1e-3, 1e-2, 0.1, 0.3))
 
     def __rich__(self) -> Text:
-        labels = [self._label(n) for n in range(len(self.cells))]
+        labels = [self.label(n) for n in range(len(self.cells))]
         width = max(map(len, labels))
         text = Text(f"  {self._caption()}\n", no_wrap=True)
         for label, line in zip(labels, self.cells, strict=True):
@@ -82,7 +82,8 @@ class HeatMap:
     def __str__(self) -> str:
         return self.__rich__().plain
 
-    def _label(self, line: int) -> str:
+    def label(self, line: int) -> str:
+        """What a line is."""
         first, behind = self.first_line[line : line + 2]
         if self.lines == "heads" and behind == first + 1:
             return f"b {first // self.heads} h {first % self.heads}"

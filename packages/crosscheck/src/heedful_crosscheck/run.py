@@ -83,6 +83,7 @@ class Outcome:
         output: what it printed last, where it crashed.
         seed: of the inputs and the cotangents.
         inputs: a hash of what was asked; "" where nothing was.
+        description: of the case, where its name does not say what is asked.
     """
 
     backend: str
@@ -101,6 +102,7 @@ class Outcome:
     output: str = ""
     seed: int = 0
     inputs: str = ""
+    description: str = ""
 
     @property
     def verdict(self) -> str:
@@ -300,6 +302,7 @@ def outcome(respondent: Respondent, question: Question, by_name: bool = True) ->
         lengths=(question.problem.q_length, question.problem.kv_length),
         seed=question.seed,
         inputs=question.inputs.fingerprint,
+        description=case.description,
     )
     faults: list[Fault]
     try:

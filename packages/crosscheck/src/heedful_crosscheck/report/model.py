@@ -4,15 +4,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from heedful_crosscheck.report.environment import environment
-from heedful_crosscheck.run import Failure, Outcome
+from heedful_crosscheck.run import DTYPES, Failure, Outcome
 
 WIDTH = 130  # of the table where it is not printed to a terminal
-VERDICTS = ("disagree", "lossy", "agree", "refused")  # the worst first
+MARKS = {"disagree": "✗", "crashed": "!", "lossy": "~", "agree": "✓", "refused": "–"}
+VERDICTS = tuple(MARKS)  # the worst first
+
+WORDS = {  # of one, and of several
+    "disagree": ("disagrees with the float64 reference", "disagree with the float64 reference"),
+    "crashed": ("crashed", "crashed"),
+    "lossy": ("loses more digits than it has to", "lose more digits than they have to"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,12 @@ class Row:
         """The worst of those that ran, of `VERDICTS`; "refused" where none did."""
         verdicts = {o.verdict for o in self.outcomes}
         return next(v for v in VERDICTS if v in verdicts)
+
+    @property
+    def count(self) -> str:
+        """How many of all have the row's verdict: "12" where all do, or else "2/12"."""
+        same = sum(o.verdict == self.verdict for o in self.outcomes)
+        return str(same) if same == len(self.outcomes) else f"{same}/{len(self.outcomes)}"
 
     @property
     def factor(self) -> float:
@@ -100,6 +114,7 @@ class Report:
         complete: whether it came to its end.
         declined: of each function that is no backend, which promises it declined.
         environment: versions, machine and flags, of `environment`.
+        command: that makes it again; None where it was no command.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -109,6 +124,7 @@ class Report:
     complete: bool = True
     declined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=environment)
+    command: str | None = None
 
     @property
     def agree(self) -> bool:
@@ -121,6 +137,44 @@ class Report:
         """The worst of `verdicts`: "disagree", "lossy", "agree"; "refused" where nothing ran."""
         found = set(self.verdicts.values())
         return next((v for v in VERDICTS if v in found), "refused")
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a sentence for somebody who knows nothing of this."""
+        of = {v: [name for name, found in self.verdicts.items() if found == v] for v in VERDICTS}
+        ran = len(self.verdicts) - len(of["refused"])
+        if not ran:
+            return "No backend ran anything."
+        every = (
+            "The one backend that ran agrees" if ran == 1 else f"All {ran} backends that ran agree"
+        )
+        said = [
+            f"{_share(len(of[verdict]), ran)} {one if len(of[verdict]) == 1 else several}"
+            for verdict, (one, several) in WORDS.items()
+            if of[verdict]
+        ] or [f"{every} with the float64 reference"]
+        ended = "" if self.complete else " The run was ended early: this is what was known."
+        return f"{'; '.join(said)}.{ended}"
+
+    @property
+    def facts(self) -> list[str]:
+        """How many runs, of what, on what, in a few words each."""
+        runs = sum(o.verdict != "refused" for o in self.outcomes)
+        of = self.environment
+        versions = [f"{n} {of[n]}" for n in ("heedful", "jax", "torch", "numpy") if of.get(n)]
+        devices = of.get("torch_cuda_device") or ", ".join(map(str, of.get("jax_devices") or ()))
+        said = [f"{runs} runs", of.get("date"), f"seed {self.seed}", ", ".join(versions), devices]
+        return [fact for fact in said if fact]
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """The groups of the cases, in the order in which they were asked."""
+        return list(dict.fromkeys(o.group for o in self.outcomes))
+
+    @cached_property
+    def dtypes(self) -> list[str]:
+        """Those that somebody was asked in, in one order for all."""
+        return [dtype for dtype in DTYPES if any(o.dtype == dtype for o in self.outcomes)]
 
     @property
     def failures(self) -> tuple[Failure, ...]:
@@ -207,7 +261,56 @@ class Report:
 
         return json.render(self)
 
+    def as_html(self) -> str:
+        """One HTML file that loads nothing: verdict, tables, figures, failures, versions.
+
+        Raises:
+            ModuleNotFoundError: what it is made with is not installed: heedful-crosscheck[report].
+        """
+        from heedful_crosscheck.report import html
+
+        return html.render(self)
+
+    def as_markdown(self) -> str:
+        """What fits a comment on a pull request: verdict, tables, the first failures."""
+        from heedful_crosscheck.report import markdown
+
+        return markdown.render(self)
+
+    def as_junit(self) -> str:
+        """JUnit's XML: a suite a backend, a test a case and dtype; what is refused is skipped."""
+        from heedful_crosscheck.report import junit
+
+        return junit.render(self)
+
+    @staticmethod
+    def read(path: str | Path) -> "Report":
+        """The report of a file that `heedful crosscheck --json` made.
+
+        Raises:
+            ReportError: a ValueError; the file cannot be read, or is no report.
+        """
+        from heedful_crosscheck.report import saved
+
+        return saved.read(path)
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _share(count: int, of: int) -> str:
+    return "The one backend that ran" if of == 1 else f"{count} of {of} backends"
+
 
 def short(x: float) -> str:
     """Two digits: 1.7e-3."""
     return "0" if x == 0 else re.sub(r"e([+-])0", r"e\1", f"{x:.1e}")
+
+
+def printable(text: str) -> str:
+    """The same without what a terminal obeys or XML forbids: control characters, halves of pairs."""
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

@@ -12,6 +12,7 @@ from heedful_crosscheck.function import PROMISES
 from heedful_crosscheck.report import reasons
 from heedful_crosscheck.report.model import Report, Row, short
 
+STYLES = {"agree": "green", "lossy": "yellow"} | dict.fromkeys(("crashed", "disagree"), "bold red")
 COLUMNS = ("out", "lse", "dq", "dk", "dv")
 FAILURES_SHOWN = 5  # of each backend, and as many losses; the JSON has them all
 
@@ -50,7 +51,7 @@ def _table(report: Report) -> Table:
 
 
 def _verdict(row: Row) -> Text:
-    style = {"agree": "green", "lossy": "yellow", "disagree": "bold red"}[row.verdict]
+    style = STYLES[row.verdict]
     factor = f" ×{row.factor:.2g}" if row.verdict == "lossy" else ""
     part = "" if len(row.ran) == len(row.outcomes) else f" ({len(row.ran)}/{len(row.outcomes)})"
     return Text(row.verdict + factor + part, style=style)
@@ -120,6 +121,7 @@ def _verdict_line(report: Report) -> Text:
         f"{len(names)} {meaning}: {', '.join(names)}"
         for verdict, meaning in (
             ("disagree", "disagree"),
+            ("crashed", "crashed"),
             ("lossy", "lossy, which --strict counts as disagreement"),
             ("agree", "agree"),
             ("refused", "ran nothing here"),
