@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from heedful_crosscheck import Report
 from heedful_crosscheck.cli import app
 from heedful_crosscheck.report.saved import ReportError
-from reports import AGREES, IMAGE, SCRIPT, STRANGE, WRONG, everything, ran
+from reports import AGREES, IMAGE, LOSSY, SCRIPT, STRANGE, WRONG, everything, ran, refused
 
 
 class Page(HTMLParser):
@@ -75,8 +75,8 @@ def test_every_link_of_html_leads_somewhere_in_it(page):
 
 def test_html_says_who_and_why(page):
     for said in (
-        "1 of 4 backends disagrees with the float64 reference; 1 of 4 backends crashed; "
-        "1 of 4 backends loses more digits than it has to.",
+        "1 of the 4 backends that ran disagrees with the float64 reference, 1 crashed, "
+        "1 loses more digits than it has to.",
         "dq is lossy, 3 times its limit",
         "crashed with signal 11",
         "last words",
@@ -86,6 +86,32 @@ def test_html_says_who_and_why(page):
         "heedful crosscheck --backend torch:lossy --cases full --dtype bfloat16 --seed 3",
     ):
         assert said in " ".join(page.text.split()), said
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "said"),
+    [
+        (
+            [ran("a", "x", out=AGREES)],
+            "The one backend that ran agrees with the float64 reference.",
+        ),
+        (
+            [ran("a", "x", out=AGREES), ran("b", "x", out=AGREES), refused("c", "x", "no")],
+            "All 2 backends that ran agree with the float64 reference.",
+        ),
+        ([ran("a", "x", dq=LOSSY)], "The one backend that ran loses more digits than it has to."),
+        (
+            [ran("a", "x", out=WRONG), ran("b", "x", out=WRONG), ran("c", "x", dq=LOSSY)],
+            "2 of the 3 backends that ran disagree with the float64 reference, "
+            "1 loses more digits than it has to.",
+        ),
+        ([refused("a", "x", "no")], "No backend ran anything."),
+    ],
+)
+def test_the_headline_is_a_sentence(outcomes, said):
+    assert replace(everything(), outcomes=tuple(outcomes)).headline == said
+    early = replace(everything(), outcomes=tuple(outcomes), complete=False).headline
+    assert early.startswith(said)
 
 
 def test_html_draws_what_was_measured():

@@ -145,16 +145,21 @@ class Report:
         ran = len(self.verdicts) - len(of["refused"])
         if not ran:
             return "No backend ran anything."
-        every = (
-            "The one backend that ran agrees" if ran == 1 else f"All {ran} backends that ran agree"
-        )
+        one = "The one backend that ran"
         said = [
-            f"{_share(len(of[verdict]), ran)} {one if len(of[verdict]) == 1 else several}"
-            for verdict, (one, several) in WORDS.items()
+            f"{len(of[verdict])} {words[len(of[verdict]) > 1]}"
+            for verdict, words in WORDS.items()
             if of[verdict]
-        ] or [f"{every} with the float64 reference"]
+        ]
+        if not said:
+            verb = f"{one} agrees" if ran == 1 else f"All {ran} backends that ran agree"
+            sentence = f"{verb} with the float64 reference"
+        elif ran == 1:
+            sentence = said[0].replace("1", one, 1)
+        else:
+            sentence = ", ".join(said).replace(" ", f" of the {ran} backends that ran ", 1)
         ended = "" if self.complete else " The run was ended early: this is what was known."
-        return f"{'; '.join(said)}.{ended}"
+        return f"{sentence}.{ended}"
 
     @property
     def facts(self) -> list[str]:
@@ -162,9 +167,9 @@ class Report:
         runs = sum(o.verdict != "refused" for o in self.outcomes)
         of = self.environment
         versions = [f"{n} {of[n]}" for n in ("heedful", "jax", "torch", "numpy") if of.get(n)]
-        devices = of.get("torch_cuda_device") or ", ".join(map(str, of.get("jax_devices") or ()))
-        said = [f"{runs} runs", of.get("date"), f"seed {self.seed}", ", ".join(versions), devices]
-        return [fact for fact in said if fact]
+        devices = of.get("torch_cuda_device") or of.get("jax_devices")
+        said = [f"{runs} runs", of.get("date"), f"seed {self.seed}", versions, devices]
+        return [", ".join(x) if isinstance(x, list) else str(x) for x in said if x]
 
     @cached_property
     def groups(self) -> list[str]:
@@ -297,10 +302,6 @@ class Report:
 
 def _several(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-def _share(count: int, of: int) -> str:
-    return "The one backend that ran" if of == 1 else f"{count} of {of} backends"
 
 
 def short(x: float) -> str:

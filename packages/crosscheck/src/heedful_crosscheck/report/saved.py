@@ -5,6 +5,7 @@ so that it is held to the form below, piece by piece, before anything is made of
 """
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +28,7 @@ class ReportError(ValueError):
     """A file is no report, and why."""
 
 
+Value = str | int | float | bool | list[str] | None
 Count = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0)] | None
 Starts = Annotated[tuple[Count, ...], Meta(min_length=2, max_length=CELLS + 1)]
@@ -150,7 +152,7 @@ class _Report(Struct):
     command: str | None
     seed: Count
     seconds: Annotated[float, Meta(ge=0)]
-    environment: dict[str, str | int | float | bool | list[str] | None]
+    environment: dict[str, Value]
     runs: tuple[_Run, ...]
 
 
@@ -187,8 +189,8 @@ def read(path: str | Path) -> Report:
         found.strict,
         found.complete,
         {printable(name): promises for name, promises in found.declined.items()},
-        found.environment,
-        found.command,
+        {printable(name): _clean_value(x) for name, x in found.environment.items()},
+        found.command and printable(found.command),
     )
 
 
@@ -202,5 +204,9 @@ def _cell(text: str) -> float | None:
     return x
 
 
-def _clean(texts: tuple[str, ...]) -> tuple[str, ...]:
+def _clean_value(x: Value) -> Value:
+    return printable(x) if isinstance(x, str) else list(_clean(x)) if isinstance(x, list) else x
+
+
+def _clean(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(printable(text) for text in texts)
