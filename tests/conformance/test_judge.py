@@ -203,7 +203,7 @@ ENDING = """
         def run(self, problem, operands):
             Ending.calls += 1
             if Ending.calls == 3:
-                os.kill(os.getpid(), signal.{signal})
+                os.kill(os.getppid(), signal.{signal})
             return oracle.run(problem, operands)
 
     heedful.register(Ending())
@@ -235,7 +235,8 @@ def test_what_is_known_when_a_run_is_ended_is_written(tmp_path, name, status):
     assert report["complete"] is False
     assert 1 <= len(report["runs"]) < 8
     assert "numpy:ending" in run.stdout
-    assert [path.name for path in tmp_path.glob("crosscheck.json*")] == ["crosscheck.json"]
+    kept = sorted(path.name for path in tmp_path.glob("crosscheck.json*"))
+    assert kept == ["crosscheck.json", "crosscheck.json.journal"]
 
 
 LEAVING = """
@@ -260,6 +261,7 @@ def test_the_report_is_where_it_was_asked_for_whatever_a_backend_does_to_the_pro
     kept = tmp_path / "kept.json"
     (tmp_path / "crosscheck.json").symlink_to(kept)
     command = "crosscheck --import leaving --backend numpy:leaving --cases full --dtype float32"
+    command += " --in-process"
     subprocess.run(
         [sys.executable, "-c", "from heedful_crosscheck.cli import main; main()", *command.split()],
         cwd=tmp_path,
@@ -594,7 +596,8 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 
 def command(tmp_path, *arguments):
     path = tmp_path / "report.json"
-    result = CliRunner().invoke(cli.app, ["crosscheck", "--json", str(path), *map(str, arguments)])
+    told = ["crosscheck", "--in-process", "--json", str(path), *map(str, arguments)]
+    result = CliRunner().invoke(cli.app, told)
     return result, json.loads(path.read_text()) if path.exists() else None
 
 

@@ -440,8 +440,8 @@ def test_the_command_line_says_the_same(tmp_path, monkeypatch):
     assert [r["reason"] for r in written["refusals"] if r["part"] == "everything"] == [
         "does not take softcap"
     ]
-    described = ["crosscheck", "my_numpy_kernel:mine", "--cases", "tiny", "--dtype", "float32"]
-    result = CliRunner().invoke(cli.app, described)
+    described = "my_numpy_kernel:mine --cases tiny --dtype float32 --in-process"
+    result = CliRunner().invoke(cli.app, ["crosscheck", *described.split()])
     assert result.exit_code == 0 and "1 agree: numpy:mine. 1 runs" in result.output, result.output
 
 
@@ -458,6 +458,6 @@ def test_the_command_line_says_the_same(tmp_path, monkeypatch):
 )
 def test_what_names_no_function_is_status_2(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli.app, ["crosscheck", *arguments.split()])
+    result = CliRunner().invoke(cli.app, ["crosscheck", "--in-process", *arguments.split()])
     assert result.exit_code == 2
     assert message in result.output

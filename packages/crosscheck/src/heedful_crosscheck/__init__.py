@@ -19,15 +19,11 @@ A case that is refused is no failure; `report.refusals` lists them. On the comma
     heedful crosscheck --import my_package.kernel --backend torch:mine
 """
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from typing import Any
 
 from heedful.dispatch.registry import names as installed
-from heedful_crosscheck.ask import framework
-from heedful_crosscheck.callers import caller_of
 from heedful_crosscheck.cases import (
     Case,
     everything,
@@ -41,9 +37,10 @@ from heedful_crosscheck.files import InputError, save
 from heedful_crosscheck.fitting import fitted
 from heedful_crosscheck.function import Function
 from heedful_crosscheck.function_backend import FunctionBackend, backend_of, registered
-from heedful_crosscheck.memory import Memory, estimate
+from heedful_crosscheck.in_process import here
+from heedful_crosscheck.memory import Memory, most
+from heedful_crosscheck.proceedings import Interrupted, proceed
 from heedful_crosscheck.report import Report
-from heedful_crosscheck.respondent import Here, Respondent
 from heedful_crosscheck.run import (
     DTYPES,
     WORKERS,
@@ -51,9 +48,7 @@ from heedful_crosscheck.run import (
     Inquiry,
     Outcome,
     Progress,
-    collect_outcomes,
 )
-from heedful_crosscheck.settings import Settings
 
 __all__ = [
     "Case",
@@ -74,18 +69,6 @@ __all__ = [
     "save",
     "share_of_pairs",
 ]
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was ended from outside.
-
-    Attributes:
-        report: what is known so far.
-    """
-
-    def __init__(self, report: Report):
-        super().__init__(report)
-        self.report = report
 
 
 def crosscheck(
@@ -125,39 +108,19 @@ def crosscheck(
         if isinstance(given, str):
             raise TypeError(f"{what} must be a list of names. Got {given!r}. Pass [{given!r}].")
     if dtypes is not None:
-        _check_dtypes(dtypes)
+        check_dtypes(dtypes)
     names, functions = _told_apart(backends, conventions)
     asked = chosen_cases(cases)
-    started = time.perf_counter()
-    outcomes: list[Outcome] = []
-
-    def report(complete: bool = True) -> Report:
-        declined = {backend.name: tuple(backend.of.declines) for backend in functions}
-        seconds = time.perf_counter() - started
-        return Report(tuple(outcomes), seed, seconds, strict, complete, declined)
-
     with ExitStack() as open_while_judged:
-        known = here(chosen_backends(names), asked)
+        known = here(chosen_backends(names), WORKERS, asked)
         by_name = backends is not None
         inquiries = [Inquiry(known, asked, dtypes, [seed], by_name=by_name)] if known else []
         for function in functions:
             name = open_while_judged.enter_context(registered(function))
             own = fitted(function, asked, dtypes)
-            inquiries.append(Inquiry(here([name], own), own, dtypes, [seed], function.declines))
-        try:
-            collect_outcomes(inquiries, outcomes.append, WORKERS, progress)
-        except KeyboardInterrupt as end:
-            raise Interrupted(report(complete=False)) from end
-        return report()
-
-
-def here(names: Sequence[str], cases: Sequence[Case]) -> dict[str, list[Respondent]]:
-    """Backends in this process; JAX's several times, since they are compiled side by side."""
-    callers = {framework(name) for name in names} | {case.caller for case in cases}
-    if "torch" in callers and find_spec("torch"):
-        caller_of("torch")  # imported now, so that its settings are among those that are kept
-    settings = Settings.now()
-    return {n: [Here(n, settings)] * (WORKERS if framework(n) == "jax" else 1) for n in names}
+            inquiries.append(Inquiry(here([name], WORKERS), own, dtypes, [seed], function.declines))
+        declined = {function.name: tuple(function.of.declines) for function in functions}
+        return proceed(inquiries, strict=strict, declined=declined, progress=progress)
 
 
 def _told_apart(
@@ -188,25 +151,28 @@ def memory_needed(
         ValueError: an unknown backend or dtype.
     """
     names = chosen_backends(backends)
-    _check_dtypes(dtypes)
-    found = ([estimate(case, dtype, names, WORKERS) for dtype in dtypes] for case in cases)
-    return [max(by_dtype, key=lambda memory: memory.at_once) for by_dtype in found]
+    check_dtypes(dtypes)
+    return most(cases, dtypes, names, WORKERS)
 
 
-def chosen_backends(names: Sequence[str] | None) -> list[str]:
+def chosen_backends(names: Sequence[str] | None, known: Sequence[str] | None = None) -> list[str]:
     """The backends of these names, or all.
+
+    Args:
+        names: None: all.
+        known: which there are; None: those here.
 
     Raises:
         ValueError: there is none of a name.
     """
-    known = installed()
+    known = installed() if known is None else known
     for name in names or ():
         if name not in known:
             raise ValueError(f"no backend is named {name!r}. There are {', '.join(known)}.")
-    return list(known if names is None else dict.fromkeys(names))
+    return list(dict.fromkeys(known if names is None else names))
 
 
-def _check_dtypes(dtypes: Sequence[str]) -> None:
+def check_dtypes(dtypes: Sequence[str]) -> None:
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtypes must be of {', '.join(DTYPES)}. Got {dtype!r}.")

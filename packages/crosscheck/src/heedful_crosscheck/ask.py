@@ -96,13 +96,14 @@ def ask(
 
 
 def ask_second(
-    backend: str, question: Question, with_lse: bool, direction: Tensors
+    backend: str, question: Question, inputs: Inputs, with_lse: bool, direction: Tensors
 ) -> Tensors | None:
     """The second derivatives along a direction: d2q and so on, as called.
 
     Args:
         backend: its name.
-        question: what is asked, with poison where nobody looks.
+        question: what is asked.
+        inputs: the question's inputs, or its poisoned ones.
         with_lse: whether LSE is asked for and differentiated.
         direction: of q, k and v, in canonical form, and of options as called.
 
@@ -112,7 +113,7 @@ def ask_second(
     Raises:
         whatever the backend raises, where it has none too.
     """
-    asked = Asked(backend, question, question.poisoned or question.inputs, with_lse)
+    asked = Asked(backend, question, inputs, with_lse)
     along = {
         n: asked.array(question.as_called(u) if n in "qkv" else u) for n, u in direction.items()
     }

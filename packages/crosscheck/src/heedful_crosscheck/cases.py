@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -370,11 +370,14 @@ def _with_logits(
     return Normal(sizes, times * (8 if logits == "large" else 1), arrays)
 
 
+COMBINATIONS = "combinations"  # their group
+
+
 @cache
 def combined() -> tuple[Case, ...]:
     """A case for each row of the table, those first that add most."""
     return tuple(
-        Case(name=f"combination-{number:03}", group="combinations", **of_row(row))
+        Case(name=f"combination-{number:03}", group=COMBINATIONS, **of_row(row))
         for number, row in enumerate(combinations.table(), 1)
     )
 
@@ -397,6 +400,18 @@ QUICK = 40  # combinations
 def quick() -> tuple[Case, ...]:
     """A selection that has every value of every factor, most pairs, and real activations."""
     return combined()[:QUICK] + select(["full", "minilm-layer0"], named() + activations())
+
+
+def full(cases: Iterable[Case]) -> tuple[Case, ...]:
+    """The cases in every dtype; combinations in those in which they are possible."""
+    return tuple(replace(case, dtype=None, usual=_dtypes_of(case)) for case in cases)
+
+
+def _dtypes_of(case: Case) -> tuple[str, ...]:
+    dtypes = tuple(FACTORS["dtype"])
+    if case.row is None:
+        return dtypes
+    return tuple(d for d in dtypes if combinations.is_possible({**case.row, "dtype": d}))
 
 
 def share_of_pairs(cases: Iterable[Case]) -> str:

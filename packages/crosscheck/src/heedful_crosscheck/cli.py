@@ -1,12 +1,10 @@
 """`heedful …` on the command line."""
 
-import importlib
 import json
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from heedful_crosscheck import Function, Report
+    from heedful_crosscheck import Report
 
 AGREE, DISAGREE, COULD_NOT_RUN = 0, 1, 2
 
@@ -105,6 +102,31 @@ def crosscheck(
     ] = False,
     strict: Strict = False,
     imports: Imports = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Every case in every dtype, with three seeds, as long as that takes."
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped, the same command.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="How many backends compute at once: cores, up to 4.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="The most that one answer may take.")
+    ] = 300.0,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, metavar="GIB", help="The most that a backend may hold: by default half."
+        ),
+    ] = None,
+    in_process: Annotated[
+        bool,
+        typer.Option("--in-process", help="Ask in this process, without limits: for a debugger."),
+    ] = False,
     layout: Annotated[
         str | None, _of_function(help="Of q, k, v and out: bhsd, the default, or bshd.")
     ] = None,
@@ -155,10 +177,21 @@ def crosscheck(
 
     Or one attention function of yours, `package.module:function`, and what it calls things.
 
-    Exit status: 0 all agree (lossy, which is said, included unless --strict), 1 somebody disagrees,
-    2 it could not run; 130 or 143 where Ctrl-C or SIGTERM ended it, and the report is what was known.
+    Each backend is asked in a process of its own: one that aborts, hangs or fills the memory takes
+    nothing with it, and has crashed.
+
+    Exit status: 0 all agree (lossy, which is said, included unless --strict), 1 somebody disagrees or
+    crashes, 2 it could not run; 130 or 143 where Ctrl-C or SIGTERM ended it, and the report is what was
+    known.
     """
     import heedful_crosscheck as judge  # here, since JAX takes seconds to import
+    from heedful_crosscheck import isolation, journal, process
+    from heedful_crosscheck.in_process import InProcess
+    from heedful_crosscheck.inquiries import in_full, inquiries_of
+    from heedful_crosscheck.origin import Origin
+    from heedful_crosscheck.proceedings import proceed
+    from heedful_crosscheck.progress import Shown
+    from heedful_crosscheck.respondent import Crashed
 
     conventions: dict[str, Any] = {
         "layout": layout,
@@ -179,42 +212,59 @@ def crosscheck(
     if function is None and conventions:
         said = ", ".join(f"--{option.replace('_', '-')}" for option in conventions)
         _stop(f"{said} describes a function, and none is named. Name it: package.module:function.")
-    _import(imports or [])
-    judged = None if function is None else _function(function)
     files = _files(json=json_path, html=html, markdown=markdown, junit=junit)
     if input_file and json_path.exists() and input_file.exists() and json_path.samefile(input_file):
         _stop(f"--json {json_path} is the file of --input. Write the report to another one.")
-    if quick and (cases or input_file):
-        _stop("--quick is a selection of cases of its own. Leave --cases and --input out.")
+    if quick and (cases or input_file or full):
+        _stop("--quick is a selection of cases of its own. Leave --cases, --input and --full out.")
+    target = files["json"]
+    is_file = target.is_file() or not target.exists()
+    kept = target.with_name(f"{target.name}.journal") if is_file else None
     ended = None
+    jobs = jobs or judge.run.WORKERS
+    limits = process.Limits(timeout, *([] if memory is None else [int(memory * process.GIB)]))
+    origin = Origin(tuple(imports or ()), function, conventions)
     signal.signal(signal.SIGTERM, _end)
     try:
+        if dtype is not None:
+            judge.check_dtypes(dtype)
         loaded = judge.load(input_file) if input_file else ()
-        chosen: list[judge.Case | str] = [
+        selected: list[judge.Case | str] = [
             *(cases or []),
             *loaded,
             *(judge.quick() if quick else ()),
         ]
+        chosen = judge.chosen_cases(selected or None)
         if quick:
             typer.echo(f"--quick: {judge.share_of_pairs(judge.quick())}.", err=True)
-        of_all = backend if judged is None else backend or []
-        for needed in judge.memory_needed(loaded, of_all, *([dtype] if dtype else [])):
-            typer.echo(f"memory: {needed}", err=True)
-        with _progress_bar() as bar:
-            task = bar.add_task("", total=None)
-            report = judge.crosscheck(
-                backend if judged is None else [_described(judged, conventions), *(backend or [])],
-                chosen or None,
-                dtype,
-                seed,
-                lambda done, total, what: bar.update(
-                    task, completed=done, total=total, description=what
-                ),
-                strict,
-            )
+        with InProcess(origin) if in_process else isolation.Workers(origin, limits) as judged:
+            asked = inquiries_of(judged, backend, chosen, dtype, seed, jobs)
+            if full:
+                asked = list(map(in_full, asked))
+            names = [name for inquiry in asked for name in inquiry.respondents]
+            for needed in judged.memory(loaded, names, dtype or judge.run.DTYPES[:3], jobs):
+                typer.echo(f"memory: {needed}", err=True)
+            with journal.kept(kept, resume, asked) as (before, add), Shown() as shown:
+
+                def known(outcome: judge.Outcome) -> None:
+                    add(outcome)
+                    shown.known(outcome)
+
+                report = proceed(
+                    asked,
+                    strict=strict,
+                    declined={of["name"]: tuple(of["declines"])} if (of := judged.function) else {},
+                    jobs=jobs,
+                    progress=shown.progress,
+                    known=known,
+                    before=before,
+                    environment=lambda: judged.environment,
+                )
     # A name, a file, a description; what a backend raises is judged instead.
     except (TypeError, ValueError) as error:
         _stop(str(error))
+    except Crashed as crash:
+        _stop(f"what is judged cannot be imported: crashed: {crash}")
     except judge.Interrupted as interrupted:
         report, ended = interrupted.report, interrupted.__cause__
     report = replace(report, command=_command())
@@ -224,7 +274,9 @@ def crosscheck(
     typer.echo(f"The same as JSON: {json_path}")
     if ended is not None:
         typer.echo(
-            "heedful: ended before its time; the report is what was known by then.", err=True
+            "heedful: ended before its time; the report is what was known by then"
+            + (", and the same command with --resume goes on." if kept else "."),
+            err=True,
         )
         raise typer.Exit(
             128 + (signal.SIGTERM if isinstance(ended, _Terminated) else signal.SIGINT)
@@ -464,35 +516,13 @@ def _exit_status(report: "Report", asked_for: list[str]) -> int:
     return AGREE
 
 
-def _import(modules: list[str], named: str = "--import") -> None:
-    sys.path.insert(0, "")  # as `python -m` has it
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # the module is the caller's, and may raise anything
-            _stop(f"{named} {module}: {type(error).__name__}: {error}")
+def _import(modules: list[str]) -> None:
+    from heedful_crosscheck.origin import Origin, OriginError
 
-
-def _function(path: str) -> Callable[..., Any]:
-    """What `package.module:function` names."""
-    module, colon, function = path.partition(":")
-    if not (module and colon and function):
-        _stop(f"a function is named package.module:function. Got {path!r}.")
-    _import([module], f"{path}:")
-    found: Any = sys.modules[module]
-    for part in function.split("."):
-        if not hasattr(found, part):
-            _stop(f"{module} has no {function}.")
-        found = getattr(found, part)
-    return found
-
-
-def _described(judged: Any, conventions: dict[str, Any]) -> "Function":
-    """The function with its conventions; one that is described in its module is taken as it is."""
-    from heedful_crosscheck import Function
-
-    described = isinstance(judged, Function) and not conventions
-    return judged if described else Function(judged, **conventions)
+    try:
+        Origin(tuple(modules)).load()
+    except OriginError as error:
+        _stop(str(error))
 
 
 def _integers(option: str, text: str) -> list[int]:
@@ -511,17 +541,6 @@ def _check_writable(path: Path, asked: str) -> None:
         _stop(f"{asked} cannot be written: {error}")
     if not existed:
         path.unlink()
-
-
-def _progress_bar() -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 def _stop(message: str) -> NoReturn:

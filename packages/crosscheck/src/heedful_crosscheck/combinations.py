@@ -56,11 +56,19 @@ def _together(
 def table() -> tuple[dict[str, str], ...]:
     """The rows, those first that add most to the ones before them."""
     lines = (resources.files(__package__) / "combinations.txt").read_text().split()
-    values = {name: list(of) for name, of in FACTORS.items()}
-    return tuple(
-        {name: values[name][DIGITS.index(x)] for name, x in zip(FACTORS, line, strict=True)}
-        for line in lines
-    )
+    return tuple(map(read, lines))
+
+
+def read(line: str) -> dict[str, str]:
+    """A row of the table.
+
+    Raises:
+        ValueError, IndexError: it is none.
+    """
+    return {
+        name: list(values)[DIGITS.index(x)]
+        for (name, values), x in zip(FACTORS.items(), line, strict=True)
+    }
 
 
 def written(row: Row) -> str:

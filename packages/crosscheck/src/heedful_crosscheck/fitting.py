@@ -36,7 +36,9 @@ def fitted(
     """
     rows = [case for case in cases if case.row is not None]
     others = [case for case in cases if case.row is None and case.caller is None]
-    return [_in_its_layout(backend, case) for case in (*others, *_fitted(backend, rows, dtypes))]
+    return [
+        in_layout(backend.of.layout, case) for case in (*others, *_fitted(backend, rows, dtypes))
+    ]
 
 
 def _fitted(
@@ -87,11 +89,11 @@ def _accepts(backend: FunctionBackend, problem: Problem) -> bool:
     return problem.features <= backend.takes and not backend.reasons(problem)
 
 
-def _in_its_layout(backend: FunctionBackend, case: Case) -> Case:
+def in_layout(layout: str, case: Case) -> Case:
     """Packed arrays are packed as the function's users have them."""
     options = {name: x for name, x in case.options.items() if name != "layout"}
-    if backend.of.layout != "bhsd":
-        options["layout"] = backend.of.layout
+    if layout != "bhsd":
+        options["layout"] = layout
     return replace(case, options=options)
 
 

@@ -71,6 +71,14 @@ def estimate(case: Case, dtype: str, backends: Sequence[str], side_by_side: int)
     )
 
 
+def most(
+    cases: Sequence[Case], dtypes: Sequence[str], backends: Sequence[str], side_by_side: int
+) -> list[Memory]:
+    """What each case takes, in the dtype in which it takes most."""
+    found = ([estimate(case, dtype, backends, side_by_side) for dtype in dtypes] for case in cases)
+    return [max(by_dtype, key=lambda memory: memory.at_once) for by_dtype in found]
+
+
 def _in_dtype(x: Any, dtype: str) -> Any:
     """A stand-in of that dtype where x is floating; its numbers play no part."""
     floating = isinstance(x, np.ndarray) and x.dtype.kind == "f"

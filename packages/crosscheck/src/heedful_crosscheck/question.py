@@ -18,6 +18,7 @@ from heedful_crosscheck.cases import Case, Inputs
 from heedful_crosscheck.factors import AXES
 from heedful_crosscheck.files import InputError
 from heedful_crosscheck.location import edges
+from heedful_crosscheck.recipes import Given
 from heedful_crosscheck.tolerance import Standard
 from heedful_crosscheck.yardstick import Arithmetic, Tensors, attend, best, lossy
 
@@ -89,6 +90,17 @@ class Question:
     def calls_from(self) -> str | None:
         """The framework of the arrays; None: the backend's own."""
         return self.case.caller if self.caller is None else self.caller.framework
+
+    @property
+    def description(self) -> str:
+        """What is asked, where the case's name does not say it."""
+        seeded = f"seed {self.seed}" if self.seed else ""
+        return ", ".join(filter(None, (self.case.description, seeded)))
+
+    def alone(self, inputs: Inputs) -> "Question":
+        """What whoever is asked is told: these inputs, nothing of what is right or how they are made."""
+        case = replace(self.case, make=Given({}), cotangents={})
+        return replace(self, case=case, inputs=inputs)
 
     # What is right
 

@@ -92,7 +92,9 @@ class Respondent(Protocol):
         """out, lse and the gradients, as of `ask.ask`."""
         ...
 
-    def second(self, question: Question, with_lse: bool, direction: Tensors) -> Tensors:
+    def second(
+        self, question: Question, inputs: Inputs, with_lse: bool, direction: Tensors
+    ) -> Tensors:
         """The second derivatives along a direction, as of `ask.ask_second`; `Refused`: it has none."""
         ...
 
@@ -126,10 +128,12 @@ class Here:
         with self._asked(question):
             return ask(self.name, question, inputs, with_lse)
 
-    def second(self, question: Question, with_lse: bool, direction: Tensors) -> Tensors:
+    def second(
+        self, question: Question, inputs: Inputs, with_lse: bool, direction: Tensors
+    ) -> Tensors:
         with self._asked(question):
             try:
-                found = ask_second(self.name, question, with_lse, direction)
+                found = ask_second(self.name, question, inputs, with_lse, direction)
             except Exception as error:  # which kind says "there is none" differs by framework
                 if is_refusal(error):
                     why = "its gradient cannot be differentiated again"

@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from queue import LifoQueue
 from threading import BoundedSemaphore
@@ -220,13 +220,12 @@ class _Lanes:
                 if kind is None:
                     self._wait(0)
             finally:  # ended from outside: what is known counts, what nobody began is left
-                left = [
-                    answer for answers in self.asked for answer in answers if not answer.cancel()
-                ]
+                for answers in self.asked:
+                    answers[:] = [answer for answer in answers if not answer.cancel()]
                 for respondents in self.inquiry.respondents.values():
                     for respondent in respondents:
                         respondent.stop()
-                self._tell(left)
+                self._wait(0)
 
     def ask(self, names: Sequence[str], case: Case, dtype: str, seed: int) -> None:
         """Asks a question of these backends; waits while too many are ahead of it."""
@@ -258,12 +257,13 @@ class _Lanes:
             self._tell(self.asked[0])
             self.asked.popleft()
 
-    def _tell(self, answers: Sequence[Future[Outcome]]) -> None:
-        for answer in answers:
-            try:
+    def _tell(self, answers: list[Future[Outcome]]) -> None:
+        while answers:
+            with suppress(Stopped):
+                answers[0].result()
+            answer = answers.pop(0)  # each is told once, whenever the run is ended
+            if answer.exception() is None:
                 self.known(answer.result())
-            except Stopped:
-                continue
 
 
 def _settled(found: Outcome) -> Future[Outcome]:
@@ -302,7 +302,7 @@ def outcome(respondent: Respondent, question: Question, by_name: bool = True) ->
         lengths=(question.problem.q_length, question.problem.kv_length),
         seed=question.seed,
         inputs=question.inputs.fingerprint,
-        description=case.description,
+        description=question.description,
     )
     faults: list[Fault]
     try:
@@ -356,7 +356,7 @@ def concluded(result: Outcome, question: Question, faults: Sequence[Fault]) -> O
     facts = result.backend, result.case, result.dtype
     failures, lost = (
         tuple(
-            Failure(*facts, tensor, said, question.case.description, heats.get(tensor or ""))
+            Failure(*facts, tensor, said, question.description, heats.get(tensor or ""))
             for tensor, said in found
         )
         for found in (faults, losses)
@@ -459,7 +459,7 @@ def _second_derivatives(
     """Judges the second derivatives of a backend that has them; why it has none."""
     direction = directions(question)
     try:
-        got = respondent.second(question, with_lse, direction)
+        got = respondent.second(question, question.poisoned or question.inputs, with_lse, direction)
     except Refused as refusal:
         return {}, refusal.reasons
     canonical = question.canonical({n.replace("d2", "d"): x for n, x in got.items()})

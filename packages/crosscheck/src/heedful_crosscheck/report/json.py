@@ -32,7 +32,7 @@ def render(report: Report) -> dict[str, Any]:
         "failures": [_failure_as_json(failure) for failure in report.failures],
         "losses": [_failure_as_json(loss) for loss in report.losses],
         "ceilings": [asdict(ceiling) for ceiling in report.ceilings],
-        "runs": [_run_as_json(outcome) for outcome in report.outcomes],
+        "runs": [run_as_json(outcome) for outcome in report.outcomes],
     }
 
 
@@ -61,7 +61,8 @@ def _reason_as_json(reason: Reason) -> dict[str, Any]:
     }
 
 
-def _run_as_json(o: Outcome) -> dict[str, Any]:
+def run_as_json(o: Outcome) -> dict[str, Any]:
+    """One outcome, as it stands in a report and in a journal."""
     return {
         "backend": o.backend,
         "case": o.case,

@@ -194,6 +194,15 @@ def read(path: str | Path) -> Report:
     )
 
 
+def read_run(text: str) -> Outcome:
+    """One outcome, of `json.run_as_json`.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    return msgspec.json.decode(text, type=_Run).read()
+
+
 def _cell(text: str) -> float | None:
     """A number of a heat map, None where it is not finite."""
     if text == "-":
