@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # h
 from heedful.dispatch.registry import in_a_line
 from heedful_crosscheck.ask import Refused, framework
 from heedful_crosscheck.cases import Case
+from heedful_crosscheck.explanation import Explainer
 from heedful_crosscheck.files import InputError
 from heedful_crosscheck.location import HeatMap
 from heedful_crosscheck.question import Question
@@ -50,6 +51,7 @@ class Failure:
         message: what, where and by how much.
         description: of the case, where its name does not say what is asked.
         heat: where the error is; None where nothing was measured.
+        causes: what makes all of the answer agree, each for itself, behind the word "agrees".
     """
 
     backend: str
@@ -59,10 +61,12 @@ class Failure:
     message: str
     description: str = ""
     heat: HeatMap | None = None
+    causes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         asked = f" ({self.description})" if self.description else ""
-        return f"{self.backend}, {self.case}, {self.dtype}: {self.message}{asked}"
+        why = f"; agrees {', or '.join(self.causes)}" if self.causes else ""
+        return f"{self.backend}, {self.case}, {self.dtype}: {self.message}{why}{asked}"
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,7 @@ class _Lanes:
 
     def __init__(self, inquiry: Inquiry, jobs: int, known: Callable[[Outcome], None]):
         self.inquiry, self.known = inquiry, known
+        self.explainers = {name: Explainer() for name in inquiry.respondents}
         self.slots = BoundedSemaphore(jobs)
         self.asked: deque[list[Future[Outcome]]] = deque()  # question by question
         self.idle: dict[str, LifoQueue[Respondent]] = {}
@@ -248,7 +253,7 @@ class _Lanes:
         with self.slots:
             respondent = self.idle[name].get()
             try:
-                return outcome(respondent, question, self.inquiry.by_name)
+                return outcome(respondent, question, self.inquiry.by_name, self.explainers[name])
             finally:
                 self.idle[name].put(respondent)
 
@@ -288,13 +293,19 @@ def dtypes_of(case: Case, dtypes: Sequence[str] | None) -> Sequence[str]:
     return [case.dtype] if dtypes is None or case.dtype in dtypes else []
 
 
-def outcome(respondent: Respondent, question: Question, by_name: bool = True) -> Outcome:
+def outcome(
+    respondent: Respondent,
+    question: Question,
+    by_name: bool = True,
+    explainer: Explainer | None = None,
+) -> Outcome:
     """One backend's answer to one question, judged.
 
     Args:
         respondent: the backend.
         question: what it is asked.
         by_name: whether somebody named it; one that wants to be named is left out otherwise.
+        explainer: who knows what explained this backend's failures so far.
     """
     case, dtype, name = question.case, question.dtype, respondent.name
     result = Outcome(
@@ -305,6 +316,7 @@ def outcome(respondent: Respondent, question: Question, by_name: bool = True) ->
         description=question.description,
     )
     faults: list[Fault]
+    causes: tuple[str, ...] = ()
     try:
         respondent.start()
         if not by_name and (why := respondent.why_unasked()):
@@ -326,6 +338,8 @@ def outcome(respondent: Respondent, question: Question, by_name: bool = True) ->
             judgements, faults = _diagnose(respondent, asked, with_lse, judgements, faults)
             if asked is not question:
                 faults = [(t, f"{said}; without a cotangent of LSE") for t, said in faults]
+        if any(judgement.verdict != "agree" for judgement in judgements.values()):
+            causes = (explainer or Explainer()).causes(respondent, asked, with_lse)
         if about.deterministic:
             faults += _unrepeated(respondent, question, with_lse, answer)
         promised = "second_derivatives" not in question.declines
@@ -346,17 +360,19 @@ def outcome(respondent: Respondent, question: Question, by_name: bool = True) ->
         raise
     except Exception as error:  # of an answer that is none
         faults = [(None, f"cannot be judged: {in_a_line(error)}")]
-    return concluded(result, question, faults)
+    return concluded(result, question, faults, causes)
 
 
-def concluded(result: Outcome, question: Question, faults: Sequence[Fault]) -> Outcome:
-    """An outcome with what is wrong, and what its judgements lost."""
+def concluded(
+    result: Outcome, question: Question, faults: Sequence[Fault], causes: tuple[str, ...] = ()
+) -> Outcome:
+    """An outcome with what is wrong, what would explain that, and what its judgements lost."""
     losses = [(t, said) for t, found in result.judgements.items() for said in found.losses]
     heats = {tensor: judgement.heat for tensor, judgement in result.judgements.items()}
     facts = result.backend, result.case, result.dtype
     failures, lost = (
         tuple(
-            Failure(*facts, tensor, said, question.description, heats.get(tensor or ""))
+            Failure(*facts, tensor, said, question.description, heats.get(tensor or ""), causes)
             for tensor, said in found
         )
         for found in (faults, losses)
