@@ -35,11 +35,14 @@ UNMEASURED = Judgement(
 )
 
 
+CAUSES = (f"once {SCRIPT} is read", "with the mask inverted")
+
+
 def ran(backend, case, dtype="float32", group="masks", **judgements):
     """An outcome with these judgements, and what follows from them."""
     said = {
         what: tuple(
-            Failure(backend, case, dtype, tensor, message, "", judgement.heat)
+            Failure(backend, case, dtype, tensor, message, "", judgement.heat, CAUSES)
             for tensor, judgement in judgements.items()
             for message in getattr(judgement, found)
         )

@@ -172,6 +172,7 @@ def test_junit_has_a_suite_a_backend_and_a_test_a_run():
     assert skipped.text == "takes no window of 9\nnor of 7"
     (failure,) = strange.iter("failure")
     assert IMAGE in failure.get("message") and "dv has NaN" in failure.text
+    assert f"; agrees once {SCRIPT} is read, or with the mask inverted" in failure.text
     (said,) = suites["torch:lossy"].iter("system-out")
     assert "dq is lossy" in said.text
     assert "last words" in next(suites["jax:dies"].iter("error")).text

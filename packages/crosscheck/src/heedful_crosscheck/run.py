@@ -63,10 +63,16 @@ class Failure:
     heat: HeatMap | None = None
     causes: tuple[str, ...] = ()
 
+    @property
+    def said(self) -> str:
+        """The message, and what explains it."""
+        return (
+            f"{self.message}; agrees {', or '.join(self.causes)}" if self.causes else self.message
+        )
+
     def __str__(self) -> str:
         asked = f" ({self.description})" if self.description else ""
-        why = f"; agrees {', or '.join(self.causes)}" if self.causes else ""
-        return f"{self.backend}, {self.case}, {self.dtype}: {self.message}{why}{asked}"
+        return f"{self.backend}, {self.case}, {self.dtype}: {self.said}{asked}"
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def run_as_json(o: Outcome) -> dict[str, Any]:
             tensor: _judgement_as_json(judgement) | {"heat": _heat_as_json(judgement.heat)}
             for tensor, judgement in o.judgements.items()
         },
-        "failures": [{"tensor": f.tensor, "message": f.message} for f in o.failures],
-        "losses": [{"tensor": f.tensor, "message": f.message} for f in o.losses],
+        "failures": list(map(_said_as_json, o.failures)),
+        "losses": list(map(_said_as_json, o.losses)),
         "seconds": round(o.seconds, 3),
         "kernel": o.kernel,
         "lengths": o.lengths and list(o.lengths),
@@ -86,6 +86,10 @@ def run_as_json(o: Outcome) -> dict[str, Any]:
         "inputs": o.inputs,
         "description": o.description,
     }
+
+
+def _said_as_json(failure: Failure) -> dict[str, Any]:
+    return {"tensor": failure.tensor, "message": failure.message, "causes": list(failure.causes)}
 
 
 def _failure_as_json(failure: Failure) -> dict[str, Any]:

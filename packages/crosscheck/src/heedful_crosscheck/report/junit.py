@@ -47,7 +47,7 @@ def _result(report: Report, o: Outcome) -> tuple[str, Sequence[str]]:
     if o.verdict == "refused":
         return "skipped", o.reasons
     asked = [f"what was asked: {o.description}"] if o.description else []
-    found = [f.message for f in (*o.failures, *o.losses)]
+    found = [f.said for f in (*o.failures, *o.losses)]
     fails = o.verdict == "disagree" or (report.strict and o.verdict == "lossy")
     kind = "error" if o.verdict == "crashed" else "failure" if fails else ""
     return kind, [*found, *asked, *([o.output] if o.output else [])] if found else []

@@ -85,6 +85,7 @@ class _Tensor(Struct):
 class _Said(Struct):
     tensor: str | None
     message: str
+    causes: tuple[str, ...]
 
 
 class _Run(Struct):
@@ -118,6 +119,7 @@ class _Run(Struct):
                 Failure(
                     *(backend, case, self.dtype, x.tensor and printable(x.tensor)),
                     *(printable(x.message), description, heats.get(x.tensor or "")),
+                    causes=_clean(x.causes),
                 )
                 for x in said
             )
