@@ -259,6 +259,13 @@ def conventions(session: nox.Session) -> None:
 
 
 @shared_session(default=False)
+def judgement(session: nox.Session) -> None:
+    """Hold mutants, and honest backends over fifty seeds, to the judge; write docs/judgement.md."""
+    session.env.update(compiled(session))
+    run(session, "python", "packages/crosscheck/tools/judgement/document.py")
+
+
+@shared_session(default=False)
 def bench(session: nox.Session) -> None:
     """Time jax:flash, jax:plain, jax.nn and torch's SDPA in one run, their outputs checked."""
     run(session, "python", "benchmarks/attention.py", *session.posargs)
