@@ -259,6 +259,14 @@ def conventions(session: nox.Session) -> None:
 
 
 @shared_session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Read strangers' reports, records, calls and journals, as many as five minutes take."""
+    session.env.update(compiled(session))
+    tests = "tests/crosscheck/test_strangers_files.py"
+    run(session, *PYTEST, tests, "--hypothesis-profile=many", *session.posargs)
+
+
+@shared_session(default=False)
 def judgement(session: nox.Session) -> None:
     """Hold mutants, and honest backends over fifty seeds, to the judge; write docs/judgement.md."""
     session.env.update(compiled(session))

@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # No deadline: the first example of a shape also compiles.
 settings.register_profile("heedful", deadline=None, max_examples=25, derandomize="CI" in os.environ)
+settings.register_profile("many", deadline=None, max_examples=5000, derandomize=False)
 settings.load_profile("heedful")
 
 pytest_plugins = ["pytester"]  # for tests of what others' tests are made with

@@ -97,10 +97,25 @@ def test_other_inputs_than_were_asked_are_told(tmp_path):
     with pytest.raises(InputError, match="a case 'gone', which is none here"):
         records.replay(unknown, ["numpy:oracle"])
     (tmp_path / "not.safetensors").write_bytes(b"no record")
-    with pytest.raises(InputError, match="cannot be read as a record"):
+    with pytest.raises(InputError, match="is no 'heedful record 1'"):
         records.load(tmp_path / "not.safetensors")
     with pytest.raises(InputError, match=r"refused every case: .*softcap"):
         records.record("torch:sdpa-flash", chosen_cases(["softcap"]), ["float32"], 0, {})
+
+
+@pytest.mark.parametrize("answer", [{}, {"out": 0, "d2q": 0}, {"dq": 0}], ids=str)
+def test_what_is_no_answer_is_no_agreement(answer):
+    run, *_ = made().runs
+    no_answer = {name: run.answer["out"] for name in answer}
+    with pytest.raises(InputError, match="must be of out, and of out, lse, dq, dk, dv alone"):
+        records.replay(replace(made(), runs=(replace(run, answer=no_answer),)), [])
+
+
+def test_an_answer_of_another_shape_is_wrong_and_nobody_is_held_to_it():
+    run, *_ = made().runs
+    other = replace(run, answer=run.answer | {"dq": run.answer["dq"][:1]})
+    (only,) = records.replay(replace(made(), runs=(other,)), ["jax:plain"])
+    assert only.backend == "recorded numpy:oracle" and "expected float32" in str(only.failures[0])
 
 
 def test_on_the_command_line(tmp_path, off):

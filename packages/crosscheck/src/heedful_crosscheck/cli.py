@@ -337,7 +337,7 @@ def replay(
         _stop(str(error))
     seconds = time.perf_counter() - started
     report = judge.Report(tuple(outcomes), found.seed, seconds, strict)
-    when, by = found.environment["date"], found.kernel or found.backend
+    when, by = found.environment.get("date", "undated"), found.kernel or found.backend
     typer.echo(f"{file}: {by}, {when}, judged by the oracle; the others by its answers.")
     _print(report)
     raise typer.Exit(_exit_status(report, backend or []))

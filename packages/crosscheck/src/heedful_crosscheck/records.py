@@ -10,18 +10,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
+from msgspec import Meta, Struct
 
 from heedful.dispatch.registry import in_a_line
 from heedful_crosscheck.ask import Refused, about, ask, float64_where_asked
 from heedful_crosscheck.cases import Case, everything
 from heedful_crosscheck.files import InputError
 from heedful_crosscheck.question import Question
-from heedful_crosscheck.run import Outcome, concluded, dtypes_of, judge_by
+from heedful_crosscheck.run import DTYPES, Outcome, concluded, dtypes_of, judge_by
 from heedful_crosscheck.tolerance import Standard
 from heedful_crosscheck.yardstick import Tensors
 
@@ -121,6 +123,26 @@ def save(found: Record, path: str | Path) -> None:
     part.replace(path)
 
 
+class _Asked(Struct):
+    """What of a run stands in the metadata."""
+
+    case: str
+    dtype: Literal[DTYPES]  # type: ignore[valid-type]  # a tuple that mypy does not look into
+    inputs: str
+    with_lse: bool
+
+
+class _Facts(Struct):
+    """The metadata."""
+
+    format: str
+    backend: str
+    kernel: str
+    seed: Annotated[int, Meta(ge=0)]
+    environment: dict[str, Any]
+    runs: tuple[_Asked, ...]
+
+
 def load(path: str | Path) -> Record:
     """Reads a record.
 
@@ -129,22 +151,20 @@ def load(path: str | Path) -> Record:
     """
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            facts = json.loads((file.metadata() or {}).get("heedful", "{}"))
+            facts = msgspec.json.decode((file.metadata() or {}).get("heedful", "null"), type=_Facts)
+            if facts.format != FORMAT:
+                raise ValueError(f"its format is {facts.format!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as a record: {error}") from error
-    if facts.get("format") != FORMAT:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"{path} is no {FORMAT!r}. Got {facts.get('format')!r}. `heedful record` writes one."
-        )
+            f"{path} is no {FORMAT!r}, which `heedful record` writes: {error}"
+        ) from error
     runs = []
-    for run in facts["runs"]:
-        prefix = f"{run['case']}/{run['dtype']}/"
+    for run in facts.runs:
+        prefix = f"{run.case}/{run.dtype}/"
         answer = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
-        runs.append(Run(**run, answer=answer))
-    return Record(
-        facts["backend"], facts["kernel"], facts["seed"], facts["environment"], tuple(runs)
-    )
+        runs.append(Run(run.case, run.dtype, run.inputs, run.with_lse, answer))
+    return Record(facts.backend, facts.kernel, facts.seed, facts.environment, tuple(runs))
 
 
 def replay(found: Record, backends: Sequence[str]) -> list[Outcome]:
@@ -154,7 +174,8 @@ def replay(found: Record, backends: Sequence[str]) -> list[Outcome]:
     farther from them than two who agree with the oracle may be from each other.
 
     Raises:
-        InputError: a case is unknown here, or its inputs are not those that were asked.
+        InputError: a case is unknown here, its inputs are not those that were asked, or what was
+            answered is no answer to it.
     """
     known = {case.name: case for case in everything()}
     outcomes = []
@@ -171,7 +192,14 @@ def replay(found: Record, backends: Sequence[str]) -> list[Outcome]:
             )
         recorded = f"recorded {found.backend}"
         of_oracle = question.standards(run.with_lse)
+        if "out" not in run.answer or run.answer.keys() - of_oracle.keys():
+            raise InputError(
+                f"the record's {run.case} in {run.dtype} must be of out, and of {', '.join(of_oracle)} "
+                f"alone. Got {', '.join(run.answer) or 'nothing'}."
+            )
         outcomes.append(_judged(recorded, question, of_oracle, run.answer))
+        if question.misshapen(run.answer):
+            continue  # which was said, and nobody can be held to it
         answer = question.canonical(run.answer)
         of_record = {tensor: of_oracle[tensor].beside(x) for tensor, x in answer.items()}
         for name in backends:

@@ -165,11 +165,9 @@ def read(path: str | Path) -> Report:
         ReportError: the file cannot be read, or holds something else.
     """
     try:
-        with Path(path).open("rb") as file:
-            text = file.read(LARGEST + 1)
-        if len(text) > LARGEST:
+        if Path(path).stat().st_size > LARGEST:
             raise ReportError(f"{path} is larger than {LARGEST:,} bytes, and so no report.")
-        found = msgspec.json.decode(text, type=_Report)
+        found = msgspec.json.decode(Path(path).read_bytes(), type=_Report)
         outcomes = tuple(run.read() for run in found.runs)
     except ReportError:
         raise
