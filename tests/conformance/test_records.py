@@ -106,7 +106,7 @@ def test_other_inputs_than_were_asked_are_told(tmp_path):
 @pytest.mark.parametrize("answer", [{}, {"out": 0, "d2q": 0}, {"dq": 0}], ids=str)
 def test_what_is_no_answer_is_no_agreement(answer):
     run, *_ = made().runs
-    no_answer = {name: run.answer["out"] for name in answer}
+    no_answer = dict.fromkeys(answer, run.answer["out"])
     with pytest.raises(InputError, match="must be of out, and of out, lse, dq, dk, dv alone"):
         records.replay(replace(made(), runs=(replace(run, answer=no_answer),)), [])
 
