@@ -26,7 +26,7 @@ def run(path, inquiry=INQUIRY, resume=False, ended_after=None):
             if len(found) == ended_after:
                 raise KeyboardInterrupt
 
-        return proceed([inquiry], known=known, before=before), len(before), len(found)
+        return proceed([inquiry], known=[known], before=before), len(before), len(found)
 
 
 @pytest.fixture

@@ -245,18 +245,13 @@ def crosscheck(
             for needed in judged.memory(loaded, names, dtype or judge.run.DTYPES[:3], jobs):
                 typer.echo(f"memory: {needed}", err=True)
             with journal.kept(kept, resume, asked) as (before, add), Shown() as shown:
-
-                def known(outcome: judge.Outcome) -> None:
-                    add(outcome)
-                    shown.known(outcome)
-
                 report = proceed(
                     asked,
                     strict=strict,
-                    declined={of["name"]: tuple(of["declines"])} if (of := judged.function) else {},
+                    declined=judged.declined,
                     jobs=jobs,
                     progress=shown.progress,
-                    known=known,
+                    known=[add, shown.known],
                     before=before,
                     environment=lambda: judged.environment,
                 )
@@ -264,7 +259,7 @@ def crosscheck(
     except (TypeError, ValueError) as error:
         _stop(str(error))
     except Crashed as crash:
-        _stop(f"what is judged cannot be imported: crashed: {crash}")
+        _stop(f"what is judged cannot be asked at all: crashed: {crash}")
     except judge.Interrupted as interrupted:
         report, ended = interrupted.report, interrupted.__cause__
     report = replace(report, command=_command())

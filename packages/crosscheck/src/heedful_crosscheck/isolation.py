@@ -45,7 +45,11 @@ class Workers:
         self._learnt_of: set[str] = set()  # frameworks, for the environment
         self._every: list[Process] = []
         self._spare: list[Process] = []
-        process, words = self._started()
+        try:
+            process, words = self._started()
+        except BaseException:
+            self.__exit__()
+            raise
         self._spare.append(process)
         self.names: list[str] = words["names"]
         self.function: Mapping[str, Any] | None = words["function"]
@@ -57,6 +61,12 @@ class Workers:
         for process in self._every:
             process.end()
 
+    @property
+    def declined(self) -> dict[str, tuple[str, ...]]:
+        """Of the function, where there is one, which promises it declines."""
+        of = self.function
+        return {} if of is None else {of["name"]: tuple(of["declines"])}
+
     def respondents(self, names: Sequence[str], jobs: int) -> dict[str, list[Respondent]]:
         """A backend each; where there are fewer of them than jobs, several times."""
         times = max(1, jobs // max(1, len(names)))
@@ -67,7 +77,11 @@ class Workers:
         assert self.function is not None
         known = {case.name: case for case in cases}
         found = []
-        for name, written in self._told("fitted", cases, dtypes)["cases"]:
+        try:
+            told = self._told("fitted", cases, dtypes)["cases"]
+        except Raised as raised:
+            raise OriginError(f"which cases it takes cannot be found out: {raised}") from raised
+        for name, written in told:
             row = None if written is None else combinations.read(written)
             of_table = {} if row is None else of_row(row)
             case = known[name] if row is None else Case(name=name, group=COMBINATIONS, **of_table)
@@ -78,7 +92,12 @@ class Workers:
         self, cases: Sequence[Case], backends: Sequence[str], dtypes: Sequence[str], jobs: int
     ) -> list[str]:
         """What each case takes, in words."""
-        return self._told("memory", cases, backends, dtypes, jobs)["memory"]
+        if not cases:
+            return []
+        try:
+            return self._told("memory", cases, backends, dtypes, jobs)["memory"]
+        except (Crashed, Raised) as error:  # who does not say it will be asked all the same
+            return [f"cannot be said: {error}"]
 
     def process(self) -> "Process":
         """One that has imported what is judged."""

@@ -28,7 +28,7 @@ def proceed(
     declined: Mapping[str, tuple[str, ...]] | None = None,
     jobs: int = WORKERS,
     progress: Progress | None = None,
-    known: Callable[[Outcome], None] | None = None,
+    known: Sequence[Callable[[Outcome], None]] = (),
     before: Sequence[Outcome] = (),
     environment: Callable[[], Mapping[str, Any]] = environment,
 ) -> Report:
@@ -40,7 +40,7 @@ def proceed(
         declined: of each function that is judged, which promises it declined.
         jobs: how many backends compute at once.
         progress: called with (done, total, what comes next).
-        known: told each outcome as soon as it is one.
+        known: each of them is told each outcome as soon as it is one.
         before: what is known from a run that was stopped, and is not asked again.
         environment: what it ran on, once it has.
 
@@ -52,8 +52,8 @@ def proceed(
 
     def tell(outcome: Outcome) -> None:
         outcomes.append(outcome)
-        if known is not None:
-            known(outcome)
+        for told in known:
+            told(outcome)
 
     def report(complete: bool) -> Report:
         seconds = time.perf_counter() - started
