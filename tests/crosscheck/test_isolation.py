@@ -1,5 +1,6 @@
 """Backends in processes of their own: whatever one does there, the run goes on and says how it ended."""
 
+import pickle
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ from heedful_crosscheck.isolation import GIVEN_UP, Workers
 from heedful_crosscheck.origin import Origin
 from heedful_crosscheck.proceedings import proceed
 from heedful_crosscheck.process import Limits
+from heedful_crosscheck.question import Question
 from heedful_crosscheck.respondent import Refused
 from heedful_crosscheck.run import Inquiry
 
@@ -42,7 +44,7 @@ def test_who_brings_its_process_down_has_crashed_and_is_asked_the_next_question(
         (garbling,) = respondents["numpy:garbles"]
         garbling.crashes = GIVEN_UP
         with pytest.raises(Refused, match="left out: it crashed in the 5 cases before"):
-            garbling.start()
+            garbling.start(None)
     found = {(o.backend, o.case): o for o in report.outcomes}
     assert found.pop(("numpy:garbles", "one-key")).verdict == "agree"
     assert set(found) == {(name, "tiny") for name in respondents}
@@ -60,6 +62,22 @@ def test_who_brings_its_process_down_has_crashed_and_is_asked_the_next_question(
 
 
 # What goes over the wire
+
+
+def test_what_is_asked_crosses_and_what_is_right_does_not():
+    by_row = {case.name: case for case in chosen_cases(["combination-00?"])}
+    case = next(c for c in by_row.values() if {"score_mod", "mask_mod"} <= c.options.keys())
+    question = Question.of(case, 0, case.dtype)
+    question.check_range()
+    asked = pickle.loads(wire.request(question.alone(question.inputs))[wire.REQUEST.size :])[0]
+    assert asked.inputs.fingerprint == question.inputs.fingerprint
+    assert asked.problem == question.problem
+    assert not [name for name in vars(asked) if "with" in name or "forward" in name]
+
+
+def test_the_options_of_every_case_cross():
+    for case in chosen_cases(None):
+        assert pickle.loads(pickle.dumps(case.options)).keys() == case.options.keys()
 
 
 def sent(words, **tensors):

@@ -57,6 +57,15 @@ def why_left_out(backend: str, problem: Problem) -> str | None:
     return f"left out: this kernel is too slow for more than {largest} scores in a crosscheck"
 
 
+def check_accepted(backend: str, question: Question) -> None:
+    """Nothing is computed.
+
+    Raises:
+        Refused: the backend cannot, not even without LSE.
+    """
+    _check_accepted(Asked(backend, question, question.inputs, with_lse=False))
+
+
 def ask(
     backend: str,
     question: Question,

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, Self
 
 from heedful_crosscheck import combinations
-from heedful_crosscheck.ask import Refused, framework
+from heedful_crosscheck.ask import Refused
 from heedful_crosscheck.cases import COMBINATIONS, Case, Inputs, of_row
 from heedful_crosscheck.fitting import in_layout
 from heedful_crosscheck.origin import Origin, OriginError
@@ -31,7 +31,6 @@ class Workers:
         limits: of each.
         names: of all backends there are.
         function: of the function that is judged its name, declines and layout; None: there is none.
-        environment: versions, machine and flags, as the workers have them.
 
     Raises:
         OriginError: what is judged cannot be had.
@@ -40,17 +39,14 @@ class Workers:
 
     def __init__(self, origin: Origin, limits: Limits):
         self.origin, self.limits = origin, limits
-        self.environment: dict[str, Any] = {}
-        self._lock = Lock()
-        self._learnt_of: set[str] = set()  # frameworks, for the environment
         self._every: list[Process] = []
-        self._spare: list[Process] = []
+        self._shared: Process | None = None
+        self._one_at_a_time = Lock()
         try:
-            process, words = self._started()
+            self._shared, words = self._started()
         except BaseException:
             self.__exit__()
             raise
-        self._spare.append(process)
         self.names: list[str] = words["names"]
         self.function: Mapping[str, Any] | None = words["function"]
 
@@ -78,7 +74,7 @@ class Workers:
         known = {case.name: case for case in cases}
         found = []
         try:
-            told = self._told("fitted", cases, dtypes)["cases"]
+            told = self._told(("fitted", cases, dtypes))["cases"]
         except Raised as raised:
             raise OriginError(f"which cases it takes cannot be found out: {raised}") from raised
         for name, written in told:
@@ -95,36 +91,44 @@ class Workers:
         if not cases:
             return []
         try:
-            return self._told("memory", cases, backends, dtypes, jobs)["memory"]
+            return self._told(("memory", cases, backends, dtypes, jobs))["memory"]
         except (Crashed, Raised) as error:  # who does not say it will be asked all the same
             return [f"cannot be said: {error}"]
 
-    def process(self) -> "Process":
-        """One that has imported what is judged."""
-        with self._lock:
-            if self._spare:
-                return self._spare.pop()
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, machine and flags, as the workers have them."""
+        return self._told(("environment",))["environment"]
+
+    def received(self, name: str, *request: Any) -> dict[str, Any]:
+        """What is said of a backend by the process that those share who have none of their own.
+
+        Most of those that there are run nothing on a machine, and need no process for that.
+
+        Raises:
+            Refused: the backend does.
+            Crashed, Raised: it is better asked in its own.
+        """
+        return self._told(("start", name), *([request] if request else []))
+
+    def process(self) -> Process:
+        """A new one, that has imported what is judged."""
         return self._started()[0]
 
-    def is_to_tell(self, name: str) -> bool:
-        """Whether the environment is to be learnt of a backend: once of each framework."""
-        with self._lock:
-            new = framework(name) not in self._learnt_of
-            self._learnt_of.add(framework(name))
-            return new
-
-    def learn(self, environment: Mapping[str, Any]) -> None:
-        """Adds what is known in a worker, of torch where it is imported."""
-        with self._lock:
-            known = {n: x for n, x in self.environment.items() if x is not None}
-            self.environment = {**environment, **known}
-
-    def _told(self, *request: Any) -> dict[str, Any]:
-        """What a spare process says."""
-        process = self.process()
-        words = _said(process.ask(*request, limits=self.limits.of_start)[0])
-        self._spare.append(process)
-        return words
+    def _told(self, *requests: tuple[Any, ...]) -> dict[str, Any]:
+        """What the shared process says, to the last of these."""
+        with self._one_at_a_time:
+            if self._shared is None:
+                self._shared = self.process()
+            try:
+                for request in requests:
+                    words, _ = self._shared.ask(*request, limits=self.limits.of_start)
+                    said = _said(words)
+            except Crashed:
+                self._shared.end()
+                self._shared = None
+                raise
+            return said
 
     def _started(self) -> "tuple[Process, dict[str, Any]]":
         process = Process()
@@ -140,28 +144,35 @@ class Isolated:
         self.name, self.workers = name, workers
         self.crashes = 0  # in a row
         self.stopped = False
+        self.received = True  # whether the shared process can be asked about it
         self._process: Process | None = None
-        self._unasked: str | None = None
 
-    def start(self) -> None:
+    def start(self, question: Question) -> None:
         if self.crashes >= GIVEN_UP:
             raise Refused((f"left out: it crashed in the {self.crashes} cases before",))
         limits = self.workers.limits
         if self._process is not None and self._process.memory() > limits.memory // 2:
             self._end()  # of programs that were compiled and are not asked again
         if self._process is None:
+            self._receive("check_accepted", question.alone(question.inputs))
             try:
                 self._process = self.workers.process()
             except Crashed:
                 self.crashes += 1
                 raise
-            self._unasked = self._ask("start", self.name, limits=limits.of_start)[0]["unasked"]
-            if self.workers.is_to_tell(self.name):
-                words, _ = self._ask("environment", limits=limits.of_start)
-                self.workers.learn(words["environment"])
+            self._ask("start", self.name, limits=limits.of_start)
 
     def why_unasked(self) -> str | None:
-        return self._unasked
+        return self._receive().get("unasked")
+
+    def _receive(self, *request: Any) -> dict[str, Any]:
+        """What the shared process says; nothing where the backend brought it down, or will its own."""
+        if self.received and not self.stopped:
+            try:
+                return self.workers.received(self.name, *request)
+            except (Crashed, Raised):
+                self.received = False
+        return {}
 
     def answer(self, question: Question, inputs: Inputs, with_lse: bool) -> Tensors:
         most = _most(question)

@@ -43,7 +43,6 @@ class Question:
     """One case in one dtype: inputs, cotangents, and, once somebody needs them, the answers.
 
     Attributes:
-        problem: of the inputs as NumPy arrays, LSE asked for.
         out_cotangent, lse_cotangent: NumPy, (B, Hq, Sq, Dv) and (B, Hq, Sq).
         caller: whose arrays call; None: the case's, or else the backend's own framework's.
         declines: promises of the contract that whoever is asked does not make, of `function.PROMISES`.
@@ -53,7 +52,6 @@ class Question:
     case: Case
     dtype: str
     inputs: Inputs
-    problem: Problem
     out_cotangent: np.ndarray
     lse_cotangent: np.ndarray
     caller: Caller | None = None
@@ -75,7 +73,7 @@ class Question:
             InputError: the case's numbers do not fit the dtype.
         """
         inputs = case.inputs(seed, dtype)
-        problem = Call.of(inputs.q, inputs.k, inputs.v, **inputs.options, return_lse=True).problem
+        problem = _problem(inputs)
         random = case.random(seed, "cotangents")
         rows = (problem.batch, problem.q_heads, problem.q_length)
         drawn = random.standard_normal((*rows, problem.value_dim))
@@ -84,7 +82,12 @@ class Question:
         if "lse_gradient" in declines:
             lse_cotangent = np.zeros_like(lse_cotangent)
         cotangents = out_cotangent, lse_cotangent
-        return cls(case, dtype, inputs, problem, *cotangents, caller, declines, seed)
+        return cls(case, dtype, inputs, *cotangents, caller, declines, seed)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Of the inputs as NumPy arrays, LSE asked for."""
+        return _problem(self.inputs)
 
     @property
     def calls_from(self) -> str | None:
@@ -395,6 +398,10 @@ class Question:
             for name, got in tensors.items()
             if (got.dtype, got.shape) != (like[name].dtype, like[name].shape)
         ]
+
+
+def _problem(inputs: Inputs) -> Problem:
+    return Call.of(inputs.q, inputs.k, inputs.v, **inputs.options, return_lse=True).problem
 
 
 def _rms(x: np.ndarray) -> float:

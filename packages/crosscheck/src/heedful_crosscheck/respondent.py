@@ -13,6 +13,7 @@ from heedful_crosscheck.ask import (
     about,
     ask,
     ask_second,
+    check_accepted,
     float64_where_asked,
     framework,
 )
@@ -80,8 +81,8 @@ class Respondent(Protocol):
         """The backend's."""
         ...
 
-    def start(self) -> None:
-        """Gets ready, so that the first answer takes no longer than others."""
+    def start(self, question: Question) -> None:
+        """Gets ready, so that the first answer takes no longer than others; it may refuse already."""
         ...
 
     def why_unasked(self) -> str | None:
@@ -118,8 +119,13 @@ class Here:
     name: str
     settings: Settings | None = None
 
-    def start(self) -> None:
+    def start(self, question: Question) -> None:
         backend_named(self.name)
+
+    def check_accepted(self, question: Question) -> None:
+        """Raises `Refused`; nothing is computed."""
+        with self._asked(question):
+            check_accepted(self.name, question)
 
     def why_unasked(self) -> str | None:
         return getattr(backend_named(self.name), "unasked", None)

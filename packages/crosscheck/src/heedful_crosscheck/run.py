@@ -324,9 +324,9 @@ def outcome(
     faults: list[Fault]
     causes: tuple[str, ...] = ()
     try:
-        respondent.start()
         if not by_name and (why := respondent.why_unasked()):
             raise Refused((f"left out: {why}; name it to ask it",))
+        respondent.start(question)
         started = time.perf_counter()
         with_lse, lse_reasons, answer = _first_answer(respondent, question)
         seconds = time.perf_counter() - started

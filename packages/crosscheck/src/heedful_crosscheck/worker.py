@@ -53,10 +53,13 @@ class Serving:
         return {"environment": self.judged.environment}, NOTHING
 
     def start(self, name: str) -> tuple[Words, Tensors]:
-        self.here = Here(name)
-        self.here.start()
+        """Why the backend wants to be named, if it does."""
         self.here = Here(name, Settings.now())
         return {"unasked": self.here.why_unasked()}, NOTHING
+
+    def check_accepted(self, question: Question) -> tuple[Words, Tensors]:
+        self.here.check_accepted(question)
+        return {}, NOTHING
 
     def about(self, question: Question) -> tuple[Words, Tensors]:
         about = self.here.about(question)
