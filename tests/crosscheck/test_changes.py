@@ -8,19 +8,17 @@ from typer.testing import CliRunner
 
 from heedful_crosscheck.cli import app
 from heedful_crosscheck.report.changes import Changes
-from heedful_crosscheck.tolerance import Errors
 from reports import AGREES, LOSSY, WRONG, everything, ran, refused
-
-LIMITS = AGREES.limits
 
 
 def report(*outcomes, **more):
     return replace(everything(), outcomes=outcomes, **more)
 
 
-def off_by(share):
-    """A judgement whose largest error is this part of its limit."""
-    return replace(AGREES, errors=Errors(share * LIMITS.rms, 0.0, 0.0))
+def off_by(share, measure):
+    """A judgement one of whose errors is this part of its limit."""
+    errors = AGREES.errors._replace(**{measure: share * getattr(AGREES.limits, measure)})
+    return replace(AGREES, errors=errors)
 
 
 def changes(before, after):
@@ -60,22 +58,30 @@ def test_verdicts_have_an_order(better, worse):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "way"),
+    ("measure", "before", "after", "counts"),
     [
-        (0.1, 0.36, "worse"),  # more than twice it, and a quarter of the limit more
-        (0.1, 0.34, None),
-        (0.01, 0.2, None),  # twenty times, and still far from the limit
-        (0.4, 0.79, None),
-        (0.4, 0.81, "worse"),
-        (0.0, 0.26, "worse"),
+        (
+            "rms",
+            0.3,
+            0.46,
+            True,
+        ),  # more than one and a half times it, and a tenth of the limit more
+        ("rms", 0.3, 0.44, False),
+        ("rms", 0.01, 0.1, False),
+        ("rms", 0.0, 0.11, True),
+        ("worst_row", 0.1, 0.51, True),
+        ("worst_row", 0.1, 0.49, False),
+        ("worst_row", 0.01, 0.25, False),
+        ("projection", 0.3, 0.61, True),
+        ("projection", 0.0, 0.24, False),
     ],
 )
-def test_an_error_counts_that_grows_by_more_than_noise(before, after, way):
-    of = [[ran("jax:mine", "full", out=off_by(share))] for share in (before, after)]
-    assert [x.way for x in changes(*of).errors] == ([way] if way else [])
-    assert changes(*of).worse == (way == "worse")
-    back = changes(*of[::-1])
-    assert [x.way for x in back.errors] == (["better"] if way else []) and not back.worse
+def test_an_error_counts_that_grows_by_more_than_noise(measure, before, after, counts):
+    of = [[ran("jax:mine", "full", out=off_by(share, measure))] for share in (before, after)]
+    there, back = changes(*of), changes(*of[::-1])
+    assert [x.way for x in there.errors] == ["worse"] * counts and there.worse == counts
+    assert [x.way for x in back.errors] == ["better"] * counts and not back.worse
+    assert ("error of out grew from" in str(there)) == counts
 
 
 def test_a_tensor_that_is_no_longer_there_is_worse():
@@ -119,6 +125,12 @@ def test_other_seeds_are_held_together_and_said():
     found = Changes(report(AGREED, seed=0), report(drawn, seed=7))
     assert len(found.pairs) == 1 and found.environment == {"seed": (0, 7)}
     assert "1 runs have other numbers" in str(found)
+
+
+def test_of_several_seeds_each_is_held_to_itself():
+    runs = [replace(x, seed=seed) for x, seed in ((AGREED, 0), (WAS_WRONG, 1))]
+    assert not changes(runs, runs).worse and len(changes(runs, runs).pairs) == 2
+    assert changes(runs, runs[:1]).only_before == runs[1:]
 
 
 @pytest.mark.parametrize(("after", "status"), [(AGREED, 0), (WAS_WRONG, 1)])

@@ -183,6 +183,15 @@ def test_junit_fails_what_is_lossy_where_the_report_is_strict():
     assert [x.get("type") for x in root.iter("failure")].count("lossy") == 1
 
 
+def test_runs_of_several_seeds_are_told_apart():
+    outcomes = tuple(replace(ran("jax:mine", "full", out=WRONG), seed=seed) for seed in (0, 7))
+    report = replace(everything(), outcomes=outcomes)
+    names = [x.get("name") for x in ElementTree.fromstring(report.as_junit()).iter("testcase")]
+    assert names == ["full[float32, seed 0]", "full[float32, seed 7]"]
+    assert "full, float32, seed 7: out is wrong" in report.as_markdown()
+    assert "--dtype float32 --seed 7" in Page(report.as_html()).text
+
+
 def test_a_saved_report_is_read_as_it_was(saved):
     report = everything()
     again = Report.read(saved(report))

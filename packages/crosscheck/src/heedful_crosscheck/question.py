@@ -38,6 +38,11 @@ class Answers:
     lossy: tuple[Tensors, ...]
 
 
+def described(case: str, seed: int) -> str:
+    """What a case's own description leaves out: a seed that is not everybody's."""
+    return ", ".join(filter(None, (case, f"seed {seed}" if seed else "")))
+
+
 @dataclass(frozen=True)
 class Question:
     """One case in one dtype: inputs, cotangents, and, once somebody needs them, the answers.
@@ -97,8 +102,7 @@ class Question:
     @property
     def description(self) -> str:
         """What is asked, where the case's name does not say it."""
-        seeded = f"seed {self.seed}" if self.seed else ""
-        return ", ".join(filter(None, (self.case.description, seeded)))
+        return described(self.case.description, self.seed)
 
     def alone(self, inputs: Inputs) -> "Question":
         """What whoever is asked is told: these inputs, nothing of what is right or how they are made."""

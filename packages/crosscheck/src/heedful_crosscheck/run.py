@@ -319,7 +319,7 @@ def outcome(
         lengths=(question.problem.q_length, question.problem.kv_length),
         seed=question.seed,
         inputs=question.inputs.fingerprint,
-        description=question.description,
+        description=case.description,
     )
     faults: list[Fault]
     causes: tuple[str, ...] = ()

@@ -1,11 +1,12 @@
 """What changed between two reports: of two versions of torch, JAX, a driver, or a kernel of one's own.
 
-A run is worse where its verdict is, where it lost a tensor, or where an error grew by more than noise:
-it is more than GREW times what it was, and by more than LEAST of its limit. Rounding is a sample, and
-another order of summation draws it anew; between seeds, which draw everything anew, no honest backend's
-error moves that far. A run that is no longer there is worse too: nobody knows whether it is right.
+A run is worse where its verdict is, where it lost a tensor, or where an error grew by more than noise,
+as `NOISE` says it. Rounding is a sample, and another order of summation draws it anew; between seeds,
+which draw everything anew, no honest backend's error moved that far (docs/judging.md). A run that is no
+longer there is worse too: nobody knows whether it is right.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,9 @@ from heedful_crosscheck.report.model import WIDTH, Report
 from heedful_crosscheck.run import Outcome
 from heedful_crosscheck.tolerance import Judgement
 
-GREW, LEAST = 2.0, 0.25
+# Counts what is more than so many times what it was, and by more than this part of the limit. A tensor's
+# error hardly depends on the numbers, its worst row's does; a projection may be nothing.
+NOISE = {"rms": (1.5, 0.1), "worst_row": (5.0, 0.25), "projection": (2.0, 0.25)}
 # How bad it is, the best first: to refuse is better than to be wrong, and worse than to be right.
 BADNESS = ("agree", "lossy", "refused", "crashed", "disagree")
 SHOWN = 20  # of each kind
@@ -107,7 +110,7 @@ class Changes:
 
     def _key(self, o: Outcome) -> tuple[object, ...]:
         """The seed tells runs apart where a report has several; one and one are held together."""
-        of_one_seed = self.before.seed != self.after.seed
+        of_one_seed = len(self.before.seeds) == len(self.after.seeds) == 1
         return (o.backend, o.case, o.dtype, *(() if of_one_seed else (o.seed,)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -163,25 +166,30 @@ def _of_verdict(a: Outcome, b: Outcome) -> Iterator[Change]:
 
 def _of_errors(a: Outcome, b: Outcome) -> Iterator[Change]:
     for tensor, now in b.judgements.items():
-        if tensor in a.judgements and (way := _way(a.judgements[tensor].strain, now.strain)):
-            was = a.judgements[tensor]
-            verb = "grew" if way == "worse" else "shrank"
-            yield Change(
-                way,
-                b,
-                f"the error of {tensor} {verb} from {_share(was)} to {_share(now)} of its limit",
-            )
+        if tensor not in a.judgements:
+            continue
+        for measure in NOISE:
+            before, after = (_share(x, measure) for x in (a.judgements[tensor], now))
+            if way := _way(measure, before, after):
+                verb = "grew" if way == "worse" else "shrank"
+                what = f"{measure.replace('_', ' ')} error of {tensor}"
+                said = f"the {what} {verb} from {before:.2g} to {after:.2g} of its limit"
+                yield Change(way, b, said)
+                break
 
 
-def _way(was: float, now: float) -> Way | None:
-    for way, less, more in (("worse", was, now), ("better", now, was)):
-        if more > GREW * less and more - less > LEAST:
-            return "worse" if way == "worse" else "better"
-    return None
+def _share(judgement: Judgement, measure: str) -> float:
+    """An error as a part of its limit."""
+    error, limit = (getattr(x, measure) for x in (judgement.errors, judgement.limits))
+    return error / limit if limit else math.inf if error else 0.0
 
 
-def _share(judgement: Judgement) -> str:
-    return f"{judgement.strain:.2g}"
+def _way(measure: str, before: float, after: float) -> Way | None:
+    times, least = NOISE[measure]
+    less, more = sorted((before, after))
+    if not more > max(times * less, less + least):
+        return None
+    return "worse" if after > before else "better"
 
 
 def _worse_first(changes: Iterator[Change]) -> list[Change]:

@@ -67,9 +67,10 @@ def errors(outcomes: Sequence[Outcome], name: str) -> str:
     dtypes = [dtype for dtype in DTYPES if any(dtype == d for d, _, _ in found)]
     powers = sorted({power for _, power, _ in found})
     with rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure((8.6, 2.8), layout="constrained")
+        figure = Figure((8.6, 2.8))
         shares = len(dtypes) + 0.5, max(len(powers), 3) + 0.5
         by_dtype, by_length = figure.subplots(1, 2, sharey=True, width_ratios=shares)
+        figure.subplots_adjust(0.08, 0.16, 0.995, 0.98, wspace=0.02)
         step = 0.8 / len(dtypes)
         for n, dtype in enumerate(dtypes):
             own = [(power, point) for d, power, point in found if d == dtype]

@@ -6,7 +6,8 @@ from markupsafe import Markup
 
 from heedful_crosscheck.location import HeatMap
 
-CELL, LINE, MARGIN = 10, 10, 56  # in the drawing's own units; to the left of the cells stand names
+CELL, LINE, MARGIN = 6, 10, 56  # in the drawing's own units; to the left of the cells stand names
+SCALE = 1.6  # pixels, where there is room
 
 
 def draw(heat: HeatMap, tensor: str) -> Markup:
@@ -31,10 +32,12 @@ def draw(heat: HeatMap, tensor: str) -> Markup:
     drawn = Markup("").join(
         Markup('<path class="{}" d="{}"/>').format(shade, path) for shade, path in paths.items()
     )
+    caption = _caption(heat, tensor)
     return Markup(
-        '<figure class="heat"><svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>'
+        '<figure class="heat">'
+        '<svg viewBox="0 0 {} {}" width="{:.0f}" role="img" aria-label="{}">{}{}</svg>'
         "<figcaption>{}</figcaption></figure>"
-    ).format(width, height, _caption(heat, tensor), names, drawn, _caption(heat, tensor))
+    ).format(width, height, SCALE * width, caption, names, drawn, caption)
 
 
 def _caption(heat: HeatMap, tensor: str) -> str:

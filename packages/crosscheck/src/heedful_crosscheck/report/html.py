@@ -151,7 +151,7 @@ class Section:
             return ""
         asked = {"--backend": o.backend, "--cases": o.case, "--dtype": o.dtype}
         options = [x for option in asked.items() for x in option]
-        return shlex.join(["heedful", "crosscheck", *options, "--seed", str(self.report.seed)])
+        return shlex.join(["heedful", "crosscheck", *options, "--seed", str(o.seed)])
 
 
 def _words(row: Row) -> str:

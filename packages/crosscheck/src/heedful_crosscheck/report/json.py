@@ -72,7 +72,7 @@ def run_as_json(o: Outcome) -> dict[str, Any]:
         "reasons": list(o.reasons),
         "lacking": {part: list(reasons) for part, reasons in o.lacking.items()},
         "tensors": {
-            tensor: _judgement_as_json(judgement) | {"heat": _heat_as_json(judgement.heat)}
+            tensor: _judgement_as_json(judgement) | _faults_as_json(judgement)
             for tensor, judgement in o.judgements.items()
         },
         "failures": list(map(_said_as_json, o.failures)),
@@ -97,6 +97,16 @@ def _failure_as_json(failure: Failure) -> dict[str, Any]:
     return asdict(replace(failure, heat=None))
 
 
+def _faults_as_json(judgement: Judgement) -> dict[str, Any]:
+    """What is said of a tensor that does not agree; nothing of one that does."""
+    said = {
+        "faults": list(judgement.faults),
+        "losses": list(judgement.losses),
+        "heat": _heat_as_json(judgement.heat),
+    }
+    return {what: x for what, x in said.items() if x}
+
+
 def _heat_as_json(heat: HeatMap | None) -> dict[str, Any] | None:
     """A line of cells is one string: as numbers they would be most of the file."""
     if heat is None:
@@ -111,8 +121,6 @@ def _judgement_as_json(judgement: Judgement) -> dict[str, Any]:
         "verdict": judgement.verdict,
         "factor": _number(judgement.strain) if judgement.losses else None,
         "ceiling": judgement.ceiling,
-        "faults": list(judgement.faults),
-        "losses": list(judgement.losses),
     } | {
         name: {measure: _number(x) for measure, x in errors._asdict().items()}
         for name, errors in measures.items()

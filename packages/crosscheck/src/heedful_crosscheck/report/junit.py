@@ -30,7 +30,7 @@ def _test(report: Report, suite: Element, o: Outcome) -> None:
         suite,
         "testcase",
         classname=printable(f"{o.backend}.{o.group}"),
-        name=printable(f"{o.case}[{o.dtype}]"),
+        name=printable(f"{o.case}[{report.asked(o)}]"),
         time=f"{o.seconds:.3f}",
     )
     kind, said = _result(report, o)

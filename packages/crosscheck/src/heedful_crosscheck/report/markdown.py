@@ -63,7 +63,7 @@ def _failures(report: Report) -> Iterable[str]:
             for outcome, (first, *others) in found[:SHOWN]:
                 asked = f" ({outcome.description})" if outcome.description else ""
                 also = f"; also {', '.join(str(f.tensor) for f in others)}" if others else ""
-                said = f"{outcome.case}, {outcome.dtype}: {first.said}{also}{asked}"
+                said = f"{outcome.case}, {report.asked(outcome)}: {first.said}{also}{asked}"
                 yield f"- {_escaped(said)}\n"
             if len(found) > SHOWN:
                 yield f"- and {len(found) - SHOWN} more\n"

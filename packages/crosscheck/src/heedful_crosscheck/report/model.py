@@ -172,6 +172,15 @@ class Report:
         return [", ".join(x) if isinstance(x, list) else str(x) for x in said if x]
 
     @cached_property
+    def seeds(self) -> list[int]:
+        """Those that somebody was asked with."""
+        return list(dict.fromkeys(o.seed for o in self.outcomes))
+
+    def asked(self, o: Outcome) -> str:
+        """Which run: the dtype, and the seed where there are several."""
+        return f"{o.dtype}, seed {o.seed}" if len(self.seeds) > 1 else o.dtype
+
+    @cached_property
     def groups(self) -> list[str]:
         """The groups of the cases, in the order in which they were asked."""
         return list(dict.fromkeys(o.group for o in self.outcomes))

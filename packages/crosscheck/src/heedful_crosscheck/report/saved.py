@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from heedful_crosscheck.function import PROMISES
 from heedful_crosscheck.location import HeatMap
+from heedful_crosscheck.question import described
 from heedful_crosscheck.report.json import FORMAT
 from heedful_crosscheck.report.model import Report, printable
 from heedful_crosscheck.run import DTYPES, Failure, Outcome
@@ -71,9 +72,9 @@ class _Tensor(Struct):
     plain: _Errors
     limit: _Errors
     ceiling: bool
-    faults: tuple[str, ...]
-    losses: tuple[str, ...]
-    heat: _Heat | None
+    faults: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    heat: _Heat | None = None
 
     def read(self) -> Judgement:
         error, plain, limit = (x.read() for x in (self.error, self.plain, self.limit))
@@ -118,8 +119,8 @@ class _Run(Struct):
             tuple(
                 Failure(
                     *(backend, case, self.dtype, x.tensor and printable(x.tensor)),
-                    *(printable(x.message), description, heats.get(x.tensor or "")),
-                    causes=_clean(x.causes),
+                    *(printable(x.message), described(description, self.seed)),
+                    *(heats.get(x.tensor or ""), _clean(x.causes)),
                 )
                 for x in said
             )
