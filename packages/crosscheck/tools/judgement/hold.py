@@ -1,6 +1,7 @@
 """Holds mutants, and honest backends over many seeds, to the crosscheck's own questions."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mutants import Mutant
@@ -41,28 +42,27 @@ class Held:
 
 
 def hold(mutants: Sequence[Mutant], cases: Iterable[Case], progress: Progress) -> Held:
-    """Asks each mutant the questions that it may get wrong, until it is caught."""
-    asked = [(case, dtype) for case in cases for dtype in dtypes_of(case, None)]
+    """Asks each mutant the questions that it may get wrong, until it is caught; small ones first."""
+    asked = sorted(questions(cases), key=lambda question: question.problem.score_count)
     caught: dict[Mutant, str] = {}
     lossy: dict[Mutant, str] = {}
     met: set[Mutant] = set()
-    for done, (case, dtype) in enumerate(asked):
-        progress(done, len(asked), f"{case.name} {dtype}: {len(caught)} of {len(mutants)} caught")
+    for done, question in enumerate(asked):
+        here = [m for m in mutants if m not in caught and m.meets(question.problem)]
+        where = f"{question.case.name}, {question.dtype}"
+        progress(done, len(asked), f"{where}: {len(here)} of {len(mutants) - len(caught)} left")
         try:
-            question = Question.of(case, 0, dtype)
-            here = [m for m in mutants if m not in caught and m.meets(question.problem)]
-            if not here:
-                continue
-            question.check_range()
+            if here:
+                question.check_range()
         except InputError:  # as in the crosscheck: nobody is asked it
             continue
         met.update(here)
         for mutant in here:
             verdict = answered(mutant, question).verdict
             if verdict == "disagree":
-                caught[mutant] = f"{case.name}, {dtype}"
+                caught[mutant] = where
             elif verdict == "lossy":
-                lossy.setdefault(mutant, f"{case.name}, {dtype}")
+                lossy.setdefault(mutant, where)
     uncaught = [m for m in mutants if m not in caught]
     return Held(
         caught,
@@ -70,6 +70,14 @@ def hold(mutants: Sequence[Mutant], cases: Iterable[Case], progress: Progress) -
         tuple(m for m in uncaught if m in met and m not in lossy),
         tuple(m for m in uncaught if m not in met),
     )
+
+
+def questions(cases: Iterable[Case]) -> Iterator[Question]:
+    """Those that can be asked, with their inputs, and no answer yet."""
+    for case in cases:
+        for dtype in dtypes_of(case, None):
+            with suppress(InputError):
+                yield Question.of(case, 0, dtype)
 
 
 def answered(mutant: Mutant, question: Question) -> Outcome:
