@@ -185,11 +185,15 @@ def test_junit_fails_what_is_lossy_where_the_report_is_strict():
 
 def test_runs_of_several_seeds_are_told_apart():
     outcomes = tuple(replace(ran("jax:mine", "full", out=WRONG), seed=seed) for seed in (0, 7))
-    report = replace(everything(), outcomes=outcomes)
+    command = "heedful crosscheck --import my.kernels --full"
+    report = replace(everything(), outcomes=outcomes, command=command)
     names = [x.get("name") for x in ElementTree.fromstring(report.as_junit()).iter("testcase")]
     assert names == ["full[float32, seed 0]", "full[float32, seed 7]"]
     assert "full, float32, seed 7: out is wrong" in report.as_markdown()
-    assert "--dtype float32 --seed 7" in Page(report.as_html()).text
+    again = (
+        "crosscheck --import my.kernels --backend jax:mine --cases full --dtype float32 --seed 7"
+    )
+    assert again in Page(report.as_html()).text
 
 
 def test_a_saved_report_is_read_as_it_was(saved):

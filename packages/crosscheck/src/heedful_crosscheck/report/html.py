@@ -4,6 +4,7 @@ What it says stands in the template, escaped; here is what the template needs an
 """
 
 import math
+import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ def render(report: Report) -> str:
         report=report,
         backends=[Section(n, name, report) for n, name in enumerate(report.by_backend, 1)],
         marks=MARKS,
-        verdicts=_seen(report),
         words=_words,
         promises=PROMISES,
         shown=SHOWN,
@@ -149,19 +149,13 @@ class Section:
         """The command that asks for a run alone; "" of a function, which no name brings back."""
         if self.name in self.report.declined:
             return ""
-        asked = {"--backend": o.backend, "--cases": o.case, "--dtype": o.dtype}
-        options = [x for option in asked.items() for x in option]
-        return shlex.join(["heedful", "crosscheck", *options, "--seed", str(o.seed)])
+        modules = re.findall(r"--import[= ](\S+)", self.report.command or "")
+        registered = [x for module in modules for x in ("--import", module)]
+        asked = {"--backend": o.backend, "--cases": o.case, "--dtype": o.dtype, "--seed": o.seed}
+        options = [str(x) for option in asked.items() for x in option]
+        return shlex.join(["heedful", "crosscheck", *registered, *options])
 
 
 def _words(row: Row) -> str:
     counts = Counter(o.verdict for o in row.outcomes)
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
-
-
-def _seen(report: Report) -> list[str]:
-    """The verdicts that there are columns for: nothing crashes in most reports."""
-    crashed = any(o.crashed for o in report.outcomes)
-    return [
-        v for v in ("agree", "lossy", "disagree", "crashed", "refused") if crashed or v != "crashed"
-    ]

@@ -4,12 +4,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from heedful_crosscheck.report.model import MARKS, VERDICTS, Report, Row, printable
+from heedful_crosscheck.report.model import MARKS, Report, Row, printable
 
 LIMIT = 65536  # characters of a comment on GitHub
 RESERVED = 500  # of these for what is said behind the failures
 SHOWN = 8  # runs of each backend that are wrong, and as many that are lossy
-WORDS = {"failures": "wrong", "losses": "lossy"}
+WORDS = {"failures": "failed", "losses": "lossy"}
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
 
@@ -27,13 +27,13 @@ def render(report: Report) -> str:
 
 
 def _table(report: Report) -> str:
-    rows = []
+    rows, told = [], report.told_verdicts
     for name, outcomes in report.by_backend.items():
         counts = Counter(o.verdict for o in outcomes)
         verdict = report.verdicts[name]
         said = f"{MARKS[verdict]} {verdict}"
-        rows.append([_escaped(name), said, *(str(counts[v] or "") for v in VERDICTS)])
-    return _rows(["backend", "verdict", *VERDICTS], rows)
+        rows.append([_escaped(name), said, *(str(counts[v] or "") for v in told)])
+    return _rows(["backend", "verdict", *told], rows)
 
 
 def _matrix(report: Report) -> str:

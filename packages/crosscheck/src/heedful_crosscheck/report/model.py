@@ -219,6 +219,13 @@ class Report:
         }
 
     @cached_property
+    def told_verdicts(self) -> list[str]:
+        """Those that runs are counted by, the best first: nothing crashes in most reports."""
+        crashed = any(o.verdict == "crashed" for o in self.outcomes)
+        told = ("agree", "lossy", "disagree", "crashed", "refused")
+        return [verdict for verdict in told if crashed or verdict != "crashed"]
+
+    @cached_property
     def kernels(self) -> dict[str, list[str]]:
         """What computed, in the words of those backends that say it."""
         found: dict[str, list[str]] = {}
