@@ -127,6 +127,13 @@ def crosscheck(
         bool,
         typer.Option("--in-process", help="Ask in this process, without limits: for a debugger."),
     ] = False,
+    shrink: Annotated[
+        bool,
+        typer.Option(
+            "--shrink",
+            help="Of whoever disagrees, the smallest case that shows it, as a script without heedful.",
+        ),
+    ] = False,
     layout: Annotated[
         str | None, _of_function(help="Of q, k, v and out: bhsd, the default, or bshd.")
     ] = None,
@@ -185,13 +192,13 @@ def crosscheck(
     known.
     """
     import heedful_crosscheck as judge  # here, since JAX takes seconds to import
-    from heedful_crosscheck import isolation, journal, process
+    from heedful_crosscheck import isolation, journal, process, script
     from heedful_crosscheck.in_process import InProcess
     from heedful_crosscheck.inquiries import in_full, inquiries_of
     from heedful_crosscheck.origin import Origin
     from heedful_crosscheck.proceedings import proceed
     from heedful_crosscheck.progress import Shown
-    from heedful_crosscheck.respondent import Crashed
+    from heedful_crosscheck.respondent import Crashed, Respondent
 
     conventions: dict[str, Any] = {
         "layout": layout,
@@ -217,10 +224,12 @@ def crosscheck(
         _stop(f"--json {json_path} is the file of --input. Write the report to another one.")
     if quick and (cases or input_file or full):
         _stop("--quick is a selection of cases of its own. Leave --cases, --input and --full out.")
+    if shrink and find_spec("hypothesis") is None:
+        _stop("--shrink needs Hypothesis: pip install heedful-crosscheck[shrink].")
     target = files["json"]
     is_file = target.is_file() or not target.exists()
     kept = target.with_name(f"{target.name}.journal") if is_file else None
-    ended = None
+    ended, scripts = None, list[str]()
     jobs = jobs or judge.run.WORKERS
     limits = process.Limits(timeout, *([] if memory is None else [int(memory * process.GIB)]))
     origin = Origin(tuple(imports or ()), function, conventions)
@@ -255,6 +264,13 @@ def crosscheck(
                     before=before,
                     environment=lambda: judged.environment,
                 )
+            if shrink and report.failures:
+                described = origin.load() if function else None
+
+                def again(name: str) -> Respondent:
+                    return judged.respondents([name], 1)[name][0]
+
+                scripts = list(script.scripts(report, asked, again, described, origin.imports))
     # A name, a file, a description; what a backend raises is judged instead.
     except (TypeError, ValueError) as error:
         _stop(str(error))
@@ -267,6 +283,8 @@ def crosscheck(
     _write_as(report, files)
     _print(report)
     typer.echo(f"The same as JSON: {json_path}")
+    for text in scripts:
+        typer.echo(f"\n{text}")
     if ended is not None:
         typer.echo(
             "heedful: ended before its time; the report is what was known by then"
