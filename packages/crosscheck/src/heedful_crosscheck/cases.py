@@ -1,4 +1,4 @@
-"""What the backends are run on: named cases, combinations, real activations, anyone's own file.
+"""What the backends are run on: named and hard cases, combinations, real activations, anyone's own file.
 
 A case is made once, in float64, and rounded once to the dtype under test; the oracle sees the rounded
 numbers. The named cases show one thing each. Every distinct shape and option costs each JAX backend a
@@ -21,6 +21,7 @@ import numpy as np
 from heedful_crosscheck import combinations, files
 from heedful_crosscheck.factors import AXES, FACTORS, FUNCTIONS, OPTIONS, Row
 from heedful_crosscheck.files import InputError
+from heedful_crosscheck.hard import HARD
 from heedful_crosscheck.recipes import USUAL as MANY_KEYS
 from heedful_crosscheck.recipes import (
     ArrayOption,
@@ -82,6 +83,7 @@ class Case:
 
     Attributes:
         name, group: what `--cases` selects by, and the rows of the report.
+        why: what it is there for, in a sentence.
         make: from random numbers to float64 q, k, v (B, H, S, D) and array options.
         options: all others, as they are passed; arrays among them are rounded as those of `make` are.
         dtype: the only one that it is for; None where it is for any.
@@ -100,6 +102,7 @@ class Case:
     name: str
     group: str
     make: Maker
+    why: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     usual: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -114,8 +117,8 @@ class Case:
 
     @property
     def description(self) -> str:
-        """What is asked, where the name does not say it."""
-        return "" if self.row is None else combinations.description(self.row)
+        """What is asked, and why; of a combination, its values."""
+        return self.why if self.row is None else combinations.description(self.row)
 
     def inputs(self, seed: int, dtype: str) -> Inputs:
         """The arrays for a seed, rounded to a dtype.
@@ -229,6 +232,18 @@ SECOND = (
     "from-torch",
 )
 
+# Why the named cases are there, by group; each name says which of it.
+WHY = {
+    "positions": "where queries stand among the keys: where causal, windows and offsets count from",
+    "masks": "masks of every shape, and where they meet causal",
+    "lengths": "rows of their own lengths, behind which stand NaN and infinity",
+    "empty rows": "queries that see no key give 0, -inf and no gradient",
+    "heads": "which key head a query head reads, and head sizes that no vector load fits",
+    "scores": "what is done to a logit, and in which order",
+    "shapes": "one key, one query, several tiles with a part of one at the end",
+    "bridge": "arrays of one framework, a kernel of another",
+}
+
 # Group, case, and what a `Case` of that name is made of.
 NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "positions": {
@@ -318,7 +333,14 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
 def named() -> tuple[Case, ...]:
     """The cases that show one thing each."""
     return tuple(
-        Case(name=name, group=group, second=name in SECOND, usual=NAMED_DTYPES, **parts)
+        Case(
+            name=name,
+            group=group,
+            why=WHY[group],
+            second=name in SECOND,
+            usual=NAMED_DTYPES,
+            **parts,
+        )
         for group, cases in NAMED.items()
         for name, parts in cases.items()
     )
@@ -382,16 +404,35 @@ def combined() -> tuple[Case, ...]:
     )
 
 
+def hard() -> tuple[Case, ...]:
+    """The cases that hurt."""
+    return tuple(
+        Case(name=name, group=group, **{"usual": NAMED_DTYPES} | parts)
+        for group, cases in HARD.items()
+        for name, parts in cases.items()
+    )
+
+
+# Real transformers, by the names of their files, and what of them is here.
+ACTIVATIONS = {
+    "minilm": "a BERT's q, k and v: sharp heads, broad heads, outliers, real padding",
+    "smollm2": "a Llama's q, k and v: causal, rotated, three heads to a key head, sinks at token 0",
+}
+
+
 def activations() -> tuple[Case, ...]:
-    """q, k, v and padding of a real transformer: sharp heads, broad heads, outliers, real padding."""
-    packaged = resources.files(__package__) / "activations" / "minilm.safetensors"
-    with resources.as_file(packaged) as path:
-        return load(path, group="minilm")
+    """What real transformers compute from text."""
+    found: list[Case] = []
+    for group, why in ACTIVATIONS.items():
+        packaged = resources.files(__package__) / "activations" / f"{group}.safetensors"
+        with resources.as_file(packaged) as path:
+            found += [replace(case, why=why) for case in load(path, group)]
+    return tuple(found)
 
 
 def everything() -> tuple[Case, ...]:
     """What `heedful crosscheck` runs when nothing is selected."""
-    return named() + combined() + activations()
+    return named() + hard() + combined() + activations()
 
 
 QUICK = 40  # combinations

@@ -26,7 +26,11 @@ Backends = Annotated[
 ]
 Cases = Annotated[
     list[str] | None,
-    typer.Option(help="A case or a group, * and ? allowed; repeat for more. All by default."),
+    typer.Option(
+        "--cases",
+        "--case",
+        help="A case or a group, * and ? allowed; repeat for more. All by default.",
+    ),
 ]
 Dtypes = Annotated[
     list[str] | None,
@@ -354,6 +358,24 @@ def replay(
     typer.echo(f"{file}: {by}, {when}, judged by the oracle; the others by its answers.")
     _print(report)
     raise typer.Exit(_exit_status(report, backend or []))
+
+
+@app.command("cases")
+def list_cases(
+    pattern: Annotated[
+        list[str] | None,
+        typer.Argument(help="A case or a group, * and ? allowed. All by default."),
+    ] = None,
+) -> None:
+    """Every case that a crosscheck asks, what it is, and why it is there."""
+    import heedful_crosscheck as judge
+    from heedful_crosscheck.listing import listing
+
+    try:
+        found = judge.chosen_cases(pattern)
+    except ValueError as error:
+        _stop(str(error))
+    _print(listing(found))
 
 
 @app.command()

@@ -21,6 +21,7 @@ PROMISES: Mapping[str, str] = MappingProxyType(
     {
         "hidden_nan": "K and V that nobody sees hold zeros, where others have NaN and infinities there",
         "empty_rows": "it is not asked where a query sees no key",
+        "empty_arrays": "it is not asked with no batch row, no query or no key",
         "strides": "it is asked with arrays that are contiguous alone",
         "wide_bias": "it is not asked with a bias in float32 beside q in half precision",
         "lse": "the log-sum-exp that it returns is left aside",

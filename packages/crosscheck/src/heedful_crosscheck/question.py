@@ -207,6 +207,8 @@ class Question:
             return f"declines strides: arrays that are {self.case.memory}"
         if "empty_rows" in self.declines and self.hidden["out"].any():
             return "declines empty_rows: a query sees no key"
+        if "empty_arrays" in self.declines and 0 in self.inputs.q.shape + self.inputs.k.shape:
+            return "declines empty_arrays: an axis has no length"
         return None
 
     # What plays no part

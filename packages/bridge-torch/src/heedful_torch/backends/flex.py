@@ -28,6 +28,7 @@ from heedful_torch.backends.kernel import (
     limits,
     score_bytes,
 )
+from heedful_torch.backends.within_range import LARGEST, within_range
 
 NO_BACKWARD = "FlexAttention has no backward pass on a CPU"
 KEPT = 256  # kinds of calls that are compiled in a process
@@ -53,7 +54,8 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _forward(function: Callable[[], Callable[..., Any]], lse: bool, asked: Arguments) -> Results:
-    q, k, v, additive, _, how = asked
+    q, k, v, given, _, how = asked
+    additive, top = (None, None) if given is None else _within_range(given)
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, q_length, _ = q.shape
     modify, (row, column) = (how.functions or {}).get("score_mod"), how.first
@@ -102,7 +104,22 @@ def _forward(function: Callable[[], Callable[..., Any]], lse: bool, asked: Argum
     if not lse:
         return Results(found, None)
     out, aux = found
-    return Results(out, aux.lse.to(accumulator))
+    own = aux.lse.to(accumulator)
+    if top is not None:
+        own = torch.where(top.isfinite() & (top.abs() > LARGEST), _valued(own, top), own)
+    return Results(out, own)
+
+
+def _within_range(additive: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`within_range`, and the gradient is that of the mask as it was."""
+    within, top = within_range(additive.detach())
+    moved = (within != additive) & (additive != -torch.inf)
+    return torch.where(moved, _valued(additive, within), additive), top
+
+
+def _valued(x: Tensor, value: Tensor) -> Tensor:
+    """The value, with the gradient of x."""
+    return value + (x - x.detach())
 
 
 flex_kernel = partial(

@@ -22,32 +22,12 @@ from heedful_torch.backends.kernel import (
 )
 from heedful_torch.backends.score_mask import span_of
 from heedful_torch.backends.sdpa import LACKS, TAKES
+from heedful_torch.backends.within_range import LARGEST, within_range
 
 aten = torch.ops.aten
 
 MASK_ALIGNMENT = 16  # elements from one row of the mask to the next
 LONGEST_MASKED = 2**16
-LARGEST = 2.0**125  # of a mask; times log₂ e it is far from overflowing
-
-
-def _within_range(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The mask without numbers that overflow when the kernel multiplies scores by log₂ e.
-
-    finfo.min does, to -inf, and out is NaN where a row holds nothing else (pytorch#110213). Nothing
-    changes by it: beside a number so large q · k is lost, and what is less than it, by a rounding at
-    least, weighs nothing. So the latter becomes -inf, and the number itself `LARGEST`.
-
-    Returns:
-        the mask; and what is largest in each row, (B, Hq, Sq) with each axis full or 1, float32: the LSE
-        where it is over `LARGEST`. None for float16, in which nothing is.
-    """
-    if torch.finfo(mask.dtype).max < LARGEST:
-        return mask, None
-    top = mask.amax(-1, keepdim=True)
-    beyond = top.abs() > LARGEST
-    weightless = (mask < top) & (beyond | (mask < -LARGEST))
-    within = torch.where(beyond, top.clamp(-LARGEST, LARGEST), mask)
-    return torch.where(weightless, -torch.inf, within), top.squeeze(-1).float()
 
 
 def _aligned_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
@@ -64,7 +44,7 @@ def _forward(asked: Arguments) -> Results:
     q, k, v, mask, _, how = asked
     aligned, top = None, None
     if mask is not None:
-        within, top = _within_range(mask)
+        within, top = within_range(mask)
         aligned = _aligned_mask(within, (*q.shape[:3], k.shape[2]))
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
         q, k, v, aligned, True, 0.0, how.causal, scale=how.scale
@@ -82,7 +62,7 @@ def _backward(
     (q, k, v, mask, _, how), (out, _, (its_lse, seed, offset)) = asked, results
     aligned = None
     if mask is not None:
-        aligned = _aligned_mask(_within_range(mask)[0], (*q.shape[:3], k.shape[2]))
+        aligned = _aligned_mask(within_range(mask)[0], (*q.shape[:3], k.shape[2]))
     wanted = [True, True, True, mask_wanted]
     dq, dk, dv, dmask = aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, aligned, out, its_lse, seed, offset, 0.0, wanted, how.causal, scale=how.scale
