@@ -210,6 +210,16 @@ def test_what_the_case_cannot_tell_apart_is_said_together():
     assert causes(partial(attend, "kv_lengths ignored"), "lengths: keys") == both
 
 
+def test_a_layout_that_is_read_as_the_other_is_named():
+    def of_heads_last(*arrays):
+        """(B, S, H, D), which its description does not say."""
+        return attend("", *(x.swapaxes(1, 2) for x in arrays))[0].swapaxes(1, 2)
+
+    exchanged = "with heads and positions exchanged, (B, S, H, D) read as (B, H, S, D)"
+    asked = "basic: self attention"
+    assert causes(of_heads_last, asked, takes=[], lse=None, causal=None) == {exchanged}
+
+
 def test_a_scale_of_one_over_d_twice_has_one_name():
     assert causes(partial(attend, "twice"), "basic: cross attention") == {"with a scale of D^-1"}
 

@@ -496,10 +496,8 @@ def _layout_turned(answering: Answering, posed: Posed) -> Tensors | None:
     """Heads read as positions and positions as heads, of q, k, v alone."""
     p, x = posed.problem, posed.operands
     others = x.given.keys() - {"q", "k", "v", "q_offset"}
-    if others or p.q_length != p.kv_length or p.q_heads != p.kv_heads or p.q_heads == p.q_length:
-        square = p.q_heads == p.q_length == p.kv_length == p.kv_heads
-        if others or not square:
-            return None
+    if others or p.q_length != p.kv_length or p.group != 1:
+        return None
     turned = {n: np.swapaxes(getattr(x, n), 1, 2) for n in "qkv"}
     altered = posed.where(
         q_heads=p.q_length, kv_heads=p.kv_length, q_length=p.q_heads, kv_length=p.kv_heads
