@@ -18,7 +18,7 @@ from heedful_crosscheck.run import Inquiry
 HOW = {
     "aborts": r"ended by SIGABRT, in print_and_abort \(crashing\.py:\d+\); it printed last: so much was",
     "hangs": r"exceeded 6 s, in print_and_hang \(crashing\.py:\d+\); it printed last: going to sleep",
-    "fills": r"held \S+ GiB, more than 0.75, in .*; it printed last: is asked",
+    "fills": r"held \S+ GiB, more than 0.75(, in .*)?; it printed last: is asked",
     "exits": r"exited with status 3; it printed last: is asked",
     "leaves": r"exited with status 4; it printed last: is asked",
     "garbles": r"what it sent is no answer: it begins with b'xxxxxxxx'; it printed last: is asked",

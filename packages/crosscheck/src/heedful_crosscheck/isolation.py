@@ -18,6 +18,7 @@ from heedful_crosscheck.fitting import in_layout
 from heedful_crosscheck.origin import Origin, OriginError
 from heedful_crosscheck.process import Limits, Process
 from heedful_crosscheck.question import Question
+from heedful_crosscheck.report.environment import environment
 from heedful_crosscheck.respondent import About, Crashed, Raised, Respondent, Stopped
 from heedful_crosscheck.yardstick import Tensors
 
@@ -97,8 +98,11 @@ class Workers:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Versions, machine and flags, as the workers have them."""
-        return self._told(("environment",))["environment"]
+        """Versions, machine and flags, as the workers have them; as this process has, if they crash."""
+        try:
+            return self._told(("environment",))["environment"]
+        except (Crashed, Raised):
+            return environment()
 
     def received(self, name: str, *request: Any) -> dict[str, Any]:
         """What is said of a backend by the process that those share who have none of their own.
@@ -122,8 +126,9 @@ class Workers:
                 self._shared = self.process()
             try:
                 for request in requests:
-                    words, _ = self._shared.ask(*request, limits=self.limits.of_start)
-                    said = _said(words)
+                    asked = request[0] == "check_accepted"
+                    limits = self.limits if asked else self.limits.of_start
+                    said = _said(self._shared.ask(*request, limits=limits)[0])
             except Crashed:
                 self._shared.end()
                 self._shared = None

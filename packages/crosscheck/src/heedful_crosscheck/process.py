@@ -178,7 +178,7 @@ class Process:
         if by is not None and self.popen.poll() is None:
             self.popen.send_signal(by)  # by SIGABRT it says where it is
         try:
-            code = self.popen.wait(timeout=2)
+            code = self.popen.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self.kill()
             code, how = self.popen.wait(), how or "closed its connection, and went on"
