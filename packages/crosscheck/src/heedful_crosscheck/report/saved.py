@@ -166,9 +166,11 @@ def read(path: str | Path) -> Report:
         ReportError: the file cannot be read, or holds something else.
     """
     try:
-        if Path(path).stat().st_size > LARGEST:
+        size = Path(path).stat().st_size
+        if size > LARGEST:
             raise ReportError(f"{path} is larger than {LARGEST:,} bytes, and so no report.")
-        found = msgspec.json.decode(Path(path).read_bytes(), type=_Report)
+        with Path(path).open("rb") as file:  # so much and no more: of a device there is no end
+            found = msgspec.json.decode(file.read(size + 1), type=_Report)
         outcomes = tuple(run.read() for run in found.runs)
     except ReportError:
         raise
