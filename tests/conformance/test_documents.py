@@ -1,6 +1,9 @@
 """What the README and CONTRIBUTING promise: snippets run, and what was measured is as measured."""
 
+import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from markdown_it import MarkdownIt
@@ -37,6 +40,21 @@ def test_snippets_run(name, tmp_path, monkeypatch):
     for snippet in found:
         # As many line breaks before it as in the file, so that a traceback names the file's own line.
         exec(compile("\n" * (snippet.map[0] + 1) + snippet.content, name, "exec"), scope)
+
+
+def test_the_noxfile_for_other_repositories_asks_for_what_there_is(monkeypatch, pytestconfig):
+    tokens = MarkdownIt().parse((ROOT / "docs/judging.md").read_text())
+    (recipe,) = (token for token in tokens if token.info == "python noxfile")
+    said, scope = {}, {}
+    monkeypatch.setitem(sys.modules, "nox", SimpleNamespace(session=lambda function: function))
+    exec(compile(recipe.content, "noxfile.py", "exec"), scope)
+    parts = {n: lambda *words, n=n: said.setdefault(n, words) for n in ("install", "run")}
+    scope["attention"](SimpleNamespace(**parts))
+    assert all(version(package) for package in said["install"] if package != ".")
+    options = [word for word in said["run"] if word.startswith("--")]
+    assert options
+    for option in options:  # unknown, it raises
+        pytestconfig.getoption(option)
 
 
 def test_the_figures_are_those_that_the_code_draws(capsys):
