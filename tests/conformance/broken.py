@@ -560,3 +560,34 @@ def _lse_in_torch(problem, q, k, seen=None):
     if seen is not None:
         scores = scores.masked_fill(~seen, -math.inf)
     return scores.logsumexp(-1)
+
+
+# What explains an answer that is wrong by a convention; of all others nothing does.
+CAUSES = {
+    "jax:top-left-for-bottom-right": "once causal is aligned top-left",
+    "jax:bottom-right-for-top-left": "once causal is aligned bottom-right",
+    "jax:offset-of-row-0-for-all": "with the q_offset of batch row 0 for all",
+    "jax:window-off-by-one": "with a window one wider on its left",
+    "jax:window-ignored": "if the window is ignored",
+    "jax:mask-ignored": "if the mask is ignored",
+    "jax:mask-of-head-0-for-all": "with the mask of head 0 for all",
+    "jax:mask-inverted": "with the mask inverted",
+    "jax:kv-length-ignored": "if kv_lengths are ignored",
+    "jax:dropout-ignored": "if dropout is ignored",
+    "jax:dropout-forward-alone": "if dropout is ignored, in the backward pass alone",
+    "jax:scale-doubled": "with twice the scale",
+    "jax:bias-ignored": "if the bias is ignored",
+    "jax:softcap-after-bias": "with softcap after bias",
+    "jax:softcap-not-rescaled": "with tanh(s / softcap), not multiplied by softcap again",
+    "jax:lse-in-base-2": "once LSE is read in base 2",
+    "jax:delta-of-rounded-out-peaked": "within what a delta of an O rounded",
+    "jax:delta-of-rounded-out-two-keys-far-apart": "within what a delta of an O rounded",
+    "jax:dk-of-one-query-head": "with dk of a group's first query head, not summed",
+    "jax:gradient-of-lse-dropped": "if the gradient of LSE is dropped",
+    "jax:gradient-of-bias-dropped": "if no gradient comes back to bias",
+    "jax:mean-on-empty-rows": "if a query that sees nothing averages all of V",
+    "jax:lse-0-on-empty-rows": "if LSE is 0 where nothing is seen",
+    "torch:is-causal": "once causal is aligned top-left, in out alone",
+    "torch:gradient-of-lse-dropped": "if the gradient of LSE is dropped",
+    "torch:out-cut-off": "if no gradient comes back to q, k and v",
+}

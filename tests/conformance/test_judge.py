@@ -70,6 +70,9 @@ def test_a_broken_backend_is_caught_and_named_for_the_right_tensor(backend, regi
         found = outcome.losses if backend.verdict == "lossy" else outcome.failures
         assert {f.tensor for f in found} == backend.wrong, str(report)
         assert any(backend.says in f.message for f in found), str(report)
+        named = {cause for f in found for cause in f.causes}
+        assert bool(named) == (backend.name in broken.CAUSES), str(report)
+        assert not named or any(x.startswith(broken.CAUSES[backend.name]) for x in named), named
 
 
 @pytest.mark.parametrize("names", REDUCED, ids=" ".join)
