@@ -84,7 +84,23 @@ def _mask(
     if bias is not None:
         bias = bias if bias.shape[3] == 1 else bias[..., : lengths[1]]
         mask = bias if seen is None else np.where(seen, bias, bias.dtype.type(-np.inf))
+        mask = _above_the_lowest(mask)
     return None if mask is None else np.broadcast_to(mask, (*mask.shape[:2], *lengths))
+
+
+def _above_the_lowest(bias: np.ndarray) -> np.ndarray:
+    """The bias without finfo.min, at which ONNX Runtime hides a key, and gives 0 where all are so.
+
+    There it becomes the next number, beside which q · k is lost as well; beside any larger one it weighs
+    nothing.
+    """
+    lowest = np.finfo(bias.dtype).min
+    at = bias == lowest
+    if not at.any():
+        return bias
+    alone = bias.max(axis=-1, keepdims=True) == lowest
+    next_one = np.nextafter(lowest, bias.dtype.type(0))
+    return np.where(at, np.where(alone, next_one, bias.dtype.type(-np.inf)), bias)
 
 
 @lru_cache(64)
