@@ -71,10 +71,16 @@ HOPPER = {
 
 PACKAGES = ("packages/core-jax", "packages/bridge-torch", "packages/crosscheck")
 REPORT = "packages/crosscheck[report]"
-# The tests of core that another Python may fail with the same JAX.
+# The tests that another Python may fail with the same JAX: of classes and signatures, files, processes.
 OF_PYTHON = (
-    "compilations", "compiled", "dispatch", "export", "numpy_bridge", "oracle", "packaging", "pickle",
-    "plain", "problem", "public",
+    *(f"core/test_{name}.py" for name in (
+        "compilations", "compiled", "dispatch", "export", "numpy_bridge", "oracle", "packaging",
+        "pickle", "plain", "problem", "public",
+    )),
+    *(f"crosscheck/test_{name}.py" for name in (
+        "abilities", "contract", "files", "isolation", "journal", "pytest_plugin", "report",
+        "without_torch",
+    )),
 )  # fmt: skip
 # Those of what a newer JAX changes: how it traces, transforms, shards and exports. It compiles three
 # times as long as the older one, which has all tests.
@@ -84,7 +90,7 @@ OF_JAX = (
     "flash.py::test_it_survives_scan_checkpoint_export_and_jacfwd",
 )  # fmt: skip
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")
-PYTEST = ("pytest", "-n", "auto")
+PYTEST = ("pytest", "-n", "auto", "--dist", "worksteal")
 
 
 def install(session: nox.Session, *requirements: str, env: dict[str, str] | None = None) -> None:
@@ -93,7 +99,8 @@ def install(session: nox.Session, *requirements: str, env: dict[str, str] | None
     constraints = ("--constraint", pins)
     if "--no-build-isolation" not in requirements:
         constraints += ("--build-constraint", pins)
-    session.install(*constraints, *requirements, env=env)
+    # What is imported is compiled then; all that lies beside it would take minutes.
+    session.install("--no-compile", *constraints, *requirements, env=env)
 
 
 def compiled(session: nox.Session, flags: str = OF_THE_OLDER_JAX) -> dict[str, str]:
@@ -150,12 +157,11 @@ def core(session: nox.Session) -> None:
     # Backends are held to the contract in sessions of their own, by the older JAX; by the newer one
     # here, those that it computes.
     contract = "tests/core/test_backends.py"
-    of_python = [f"tests/core/test_{name}.py" for name in OF_PYTHON]
     tests = {
         "3.11": ["tests/core", "tests/crosscheck", f"--ignore={contract}"],
         # These two have one JAX, and share its tests.
         "3.12": [f"tests/core/test_{name}" for name in OF_JAX],
-        "3.13": [*of_python, "tests/crosscheck"],
+        "3.13": [f"tests/{name}" for name in OF_PYTHON],
     }
     session.run(*PYTEST, *tests[session.python], *session.posargs)
     if session.python == "3.12":
