@@ -38,7 +38,8 @@ REDUCED = (
     ("tiny", "one-key"),
     ("from-torch", "from-jax-masked"),
     ("combination-077", "combination-163"),
-    ("minilm-layer0",),
+    ("minilm-layer0", "smollm2-layer0"),
+    ("peaked", "padded", "head-size-1", "views-strided"),
 )
 
 
