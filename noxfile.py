@@ -98,8 +98,7 @@ def install(session: nox.Session, *requirements: str, env: dict[str, str] | None
     constraints = ("--constraint", pins)
     if "--no-build-isolation" not in requirements:
         constraints += ("--build-constraint", pins)
-    # What is imported is compiled then; all that lies beside it would take minutes.
-    session.install("--no-compile", *constraints, *requirements, env=env)
+    session.install(*constraints, *requirements, env=env)
 
 
 def compiled(session: nox.Session, flags: str = OF_THE_OLDER_JAX) -> dict[str, str]:
