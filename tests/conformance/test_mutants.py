@@ -9,7 +9,7 @@ sys.path.append(str(ROOT / "packages" / "crosscheck" / "tools" / "judgement"))
 from hold import hold  # noqa: E402  # found by the line above
 from mutants import Mutant, mutants  # noqa: E402  # as well
 
-from heedful_crosscheck.cases import named, select  # noqa: E402
+from heedful_crosscheck.cases import named, select  # noqa: E402  # as well
 
 FAULTS = (
     "causal aligned top-left",

@@ -45,7 +45,7 @@ class Workers:
         self._one_at_a_time = Lock()
         try:
             self._shared, words = self._started()
-        except BaseException:
+        except BaseException:  # an interrupt too leaves no process behind
             self.__exit__()
             raise
         self.names: list[str] = words["names"]

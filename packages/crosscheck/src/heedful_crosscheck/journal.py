@@ -67,7 +67,7 @@ def kept(
         journal.add(outcome)
     try:
         yield before, journal.add
-    except BaseException:
+    except BaseException:  # what is known stays, whatever ends the run
         journal.close()
         raise
     journal.close()

@@ -6,7 +6,7 @@ a row beyond the limit of the worst row, so that rounding elsewhere blurs nothin
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -243,8 +243,8 @@ def _numbers(what: str, numbers: np.ndarray) -> str:
     return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def _listed(numbers: object) -> str:
-    return ", ".join(dict.fromkeys(map(str, numbers)))  # type: ignore[call-overload]
+def _listed(numbers: Iterable[object]) -> str:
+    return ", ".join(dict.fromkeys(map(str, numbers)))
 
 
 # As a map

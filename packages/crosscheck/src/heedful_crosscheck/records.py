@@ -10,20 +10,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from heedful.dispatch.registry import in_a_line
 from heedful_crosscheck.ask import Refused, about, ask, float64_where_asked
 from heedful_crosscheck.cases import Case, everything
 from heedful_crosscheck.files import InputError
 from heedful_crosscheck.question import Question
-from heedful_crosscheck.run import DTYPES, Outcome, concluded, dtypes_of, judge_by
+from heedful_crosscheck.report.saved import Count, Dtype
+from heedful_crosscheck.run import Outcome, concluded, dtypes_of, judge_by
 from heedful_crosscheck.tolerance import Standard
 from heedful_crosscheck.yardstick import Tensors
 
@@ -127,7 +128,7 @@ class _Asked(Struct):
     """What of a run stands in the metadata."""
 
     case: str
-    dtype: Literal[DTYPES]  # type: ignore[valid-type]  # a tuple that mypy does not look into
+    dtype: Dtype
     inputs: str
     with_lse: bool
 
@@ -138,7 +139,7 @@ class _Facts(Struct):
     format: str
     backend: str
     kernel: str
-    seed: Annotated[int, Meta(ge=0)]
+    seed: Count
     environment: dict[str, Any]
     runs: tuple[_Asked, ...]
 

@@ -148,10 +148,10 @@ class _Run(Struct):
 
 
 class _Report(Struct):
-    format: Literal[FORMAT]  # type: ignore[valid-type]
+    format: Literal[FORMAT]  # type: ignore[valid-type]  # as of Dtype
     strict: bool
     complete: bool
-    declined: dict[str, tuple[Literal[tuple(PROMISES)], ...]]  # type: ignore[valid-type]
+    declined: dict[str, tuple[Literal[tuple(PROMISES)], ...]]  # type: ignore[valid-type]  # as well
     command: str | None
     seed: Count
     seconds: Annotated[float, Meta(ge=0)]
