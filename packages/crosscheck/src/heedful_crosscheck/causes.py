@@ -18,8 +18,6 @@ import numpy as np
 from heedful import Operands, Problem, oracle
 from heedful_crosscheck.yardstick import Arithmetic, Tensors, attend
 
-MOST_SCORES = 2**21  # of which entries that write whole matrices of them are tried
-
 
 class Posed(NamedTuple):
     """What is asked, and what gradients are of.
@@ -248,8 +246,6 @@ def _transposed(mask: np.ndarray) -> np.ndarray | None:
 def _empty_rows_average(answering: Answering, posed: Posed) -> Tensors | None:
     """Scores of −1e9 in place of hidden ones: of a row that is hidden all weigh alike."""
     p, x = posed.problem, posed.operands
-    if p.score_count > MOST_SCORES or p.mask_mod is not None or p.score_mod is not None:
-        return None
     seen = np.stack(
         [
             [oracle.sees(p, x, (b, h, slice(0, p.q_length))) for h in range(p.q_heads)]
@@ -312,7 +308,7 @@ def _alibi(distance: Callable[[Any, Any, Any], Any]) -> Callable[[Answering, Pos
 
     def answer(answering: Answering, posed: Posed) -> Tensors | None:
         p, x = posed.problem, posed.operands
-        if x.alibi_slopes is None or p.score_count > MOST_SCORES:
+        if x.alibi_slopes is None:
             return None
         i, j = np.ogrid[: p.q_length, : p.kv_length]
         place = i + posed.offset[:, None, None, None]
@@ -337,7 +333,7 @@ def _alibi(distance: Callable[[Any, Any, Any], Any]) -> Callable[[Answering, Pos
 def _bias_within_softcap(answering: Answering, posed: Posed) -> Tensors | None:
     """softcap · tanh((s + bias) / softcap)."""
     p, bias = posed.problem, posed.operands.bias
-    if p.softcap is None or bias is None or p.scale == 0 or p.score_count > MOST_SCORES:
+    if p.softcap is None or bias is None or p.scale == 0:
         return None
     bias = np.asarray(bias).astype(np.float64)
     if not np.isfinite(bias).all():
@@ -371,7 +367,7 @@ def _softcap(change: Callable[[Problem, float], dict[str, Any]]) -> Callable[[Po
 def _slope_of_softcap_dropped(answering: Answering, posed: Posed) -> Tensors | None:
     """dq and dk as if the scores were not capped: what capping takes away stands in a bias."""
     p, x = posed.problem, posed.operands
-    if p.softcap is None or p.score_count > MOST_SCORES or p.score_mod is not None:
+    if p.softcap is None:
         return None
     k = _of_query_heads(posed, _usual_heads(p))["k"]
     q, k = np.asarray(x.q).astype(np.float64), k.astype(np.float64)
@@ -555,7 +551,7 @@ def _lse_as(
 def _lse_without_its_largest(answering: Answering, posed: Posed) -> Tensors | None:
     """log Σ exp(s − max s), which is minus the log of the largest weight: out, where V is one-hot."""
     p, x = posed.problem, posed.operands
-    if p.dropout_rate or p.score_count > MOST_SCORES or p.kv_length > 1024 or p.sinks:
+    if p.dropout_rate or p.kv_length > 1024 or p.sinks:
         return None
     found = answering(posed)
     one_hot = np.broadcast_to(np.eye(p.kv_length), (*x.k.shape[:3], p.kv_length))

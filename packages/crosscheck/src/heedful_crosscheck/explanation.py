@@ -20,7 +20,8 @@ from heedful_crosscheck.respondent import Respondent
 from heedful_crosscheck.tolerance import CEILING, Standard
 from heedful_crosscheck.yardstick import Arithmetic, Tensors, attend, best
 
-MOST_SCORES = 2**17  # of a case: beyond, the oracle takes minutes for all causes
+# Of a case, since some causes write whole matrices of them, and all of them take minutes beyond.
+MOST_SCORES = 2**17
 KINDS = 16  # of a backend's failures for which every cause is tried; then those that explained any
 AT_LEAST = 8  # of what arithmetic loses an eighth is lost, where that explains it
 FORWARD = frozenset({"out", "lse"})

@@ -420,13 +420,6 @@ def gradients() -> Iterator[Mutant]:
                 p, found
             ),
         )
-        yield Mutant(
-            kind,
-            f"{name} without softcap's slope",
-            asks=lambda p, o: (p, o),
-            answers=lambda p, found, name=name: tensor(name, lambda x: 1.2 * x)(p, found),
-            meets=ASKED["softcap"],
-        )
     for name in ("dk", "dv"):
         yield Mutant(
             kind,
