@@ -198,7 +198,7 @@ def crosscheck(
     import heedful_crosscheck as judge  # here, since JAX takes seconds to import
     from heedful_crosscheck import isolation, journal, process, script
     from heedful_crosscheck.in_process import InProcess
-    from heedful_crosscheck.inquiries import in_full, inquiries_of
+    from heedful_crosscheck.inquiries import declined_by, in_full, inquiries_of
     from heedful_crosscheck.origin import Origin
     from heedful_crosscheck.proceedings import proceed
     from heedful_crosscheck.progress import Shown
@@ -261,7 +261,7 @@ def crosscheck(
                 report = proceed(
                     asked,
                     strict=strict,
-                    declined=judged.declined,
+                    declined=declined_by(judged),
                     jobs=jobs,
                     progress=shown.progress,
                     known=[add, shown.known],

@@ -45,6 +45,20 @@ class InputError(ValueError):
     """A case cannot be made: an unknown name, an unreadable file, numbers that do not fit."""
 
 
+def whole(path: str | Path, most: int) -> bytes:
+    """A file's bytes, as many as it says that it has; of a device there is no end.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger than that.
+    """
+    size = Path(path).stat().st_size
+    if size > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    with Path(path).open("rb") as file:
+        return file.read(size)
+
+
 @dataclass(frozen=True)
 class Saved:
     """One call of a file.

@@ -65,12 +65,6 @@ class InProcess:
     def environment(self) -> dict[str, Any]:
         return environment()
 
-    @property
-    def declined(self) -> dict[str, tuple[str, ...]]:
-        """Of the function, where there is one, which promises it declines."""
-        of = self.function
-        return {} if of is None else {of["name"]: tuple(of["declines"])}
-
     def respondents(self, names: Sequence[str], jobs: int) -> dict[str, list[Respondent]]:
         """A backend each."""
         return here(names, jobs)

@@ -44,6 +44,12 @@ def inquiries_of(
     return found
 
 
+def declined_by(judged: InProcess | Workers) -> dict[str, tuple[str, ...]]:
+    """Of the function, where there is one, which promises it declines."""
+    of = judged.function
+    return {} if of is None else {of["name"]: tuple(of["declines"])}
+
+
 def in_full(inquiry: Inquiry) -> Inquiry:
     """Every case in every dtype, with several seeds."""
     (seed,) = inquiry.seeds

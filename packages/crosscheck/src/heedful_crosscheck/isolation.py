@@ -58,12 +58,6 @@ class Workers:
         for process in self._every:
             process.end()
 
-    @property
-    def declined(self) -> dict[str, tuple[str, ...]]:
-        """Of the function, where there is one, which promises it declines."""
-        of = self.function
-        return {} if of is None else {of["name"]: tuple(of["declines"])}
-
     def respondents(self, names: Sequence[str], jobs: int) -> dict[str, list[Respondent]]:
         """A backend each; where there are fewer of them than jobs, several times."""
         times = max(1, jobs // max(1, len(names)))

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from heedful_crosscheck.files import InputError
+from heedful_crosscheck.files import InputError, whole
 from heedful_crosscheck.report.json import run_as_json
 from heedful_crosscheck.report.saved import read_run
 from heedful_crosscheck.run import Inquiry, Outcome
@@ -115,9 +115,7 @@ def _versions() -> dict[str, str]:
 def _lines(path: Path) -> list[str]:
     """The lines that were written to their end."""
     try:
-        if path.stat().st_size > MOST:
-            raise InputError(f"{path} is larger than {MOST} bytes, and no journal.")
-        *lines, _ = path.read_text().split("\n")
+        *lines, _ = whole(path, MOST).decode().split("\n")
     except FileNotFoundError:
         raise InputError(
             f"there is no {path}: no run that was stopped. Leave --resume out."

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from heedful_crosscheck.files import whole
 from heedful_crosscheck.function import PROMISES
 from heedful_crosscheck.location import HeatMap
 from heedful_crosscheck.question import described
@@ -166,14 +167,8 @@ def read(path: str | Path) -> Report:
         ReportError: the file cannot be read, or holds something else.
     """
     try:
-        size = Path(path).stat().st_size
-        if size > LARGEST:
-            raise ReportError(f"{path} is larger than {LARGEST:,} bytes, and so no report.")
-        with Path(path).open("rb") as file:  # so much and no more: of a device there is no end
-            found = msgspec.json.decode(file.read(size + 1), type=_Report)
+        found = msgspec.json.decode(whole(path, LARGEST), type=_Report)
         outcomes = tuple(run.read() for run in found.runs)
-    except ReportError:
-        raise
     except (OSError, ValueError, RecursionError) as error:  # msgspec's are ValueErrors
         raise ReportError(
             f"{path} is no report that `heedful crosscheck --json` of this version made: {error}"
