@@ -24,6 +24,22 @@ settings.register_profile("heedful", deadline=None, max_examples=25, derandomize
 settings.register_profile("many", deadline=None, max_examples=5000, derandomize=False)
 settings.load_profile("heedful")
 
+# What takes longest begins first, so that in the end no worker waits for another one's last test.
+LONGEST = (
+    "test_any_combination",
+    "test_no_device_talks_and_each_holds_its_part",
+    "test_inductor",
+    "test_its_process_killed_during_a_call",
+    "test_nothing_of_it_is_imported_where_the_user_is",
+    "test_every_honest_backend_passes_with_three_seeds",
+    "test_snippets_run",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
+
 pytest_plugins = ["pytester"]  # for tests of what others' tests are made with
 
 # Their assertions are shown with their values, like those of the tests themselves.

@@ -2,20 +2,13 @@
 
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from markdown_it import MarkdownIt
 
 import heedful
-
-ROOT = Path(__file__).parents[2]
-
-
-def snippets(name):
-    tokens = MarkdownIt().parse((ROOT / name).read_text())
-    return [token for token in tokens if token.type == "fence" and token.info == "python"]
+from documents import ROOT, run_snippets
 
 
 @pytest.fixture
@@ -30,16 +23,8 @@ def registry():
 @pytest.mark.usefixtures("registry")
 def test_snippets_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for those that write a file
-    found = snippets(name)
-    assert len(found) >= 2
-    scope = {"__name__": "snippet"}
-    if name == "README.md":
-        # The one line at the top shows a call, and names nothing it defines.
-        opening, *found = found
-        compile(opening.content, name, "exec")
-    for snippet in found:
-        # As many line breaks before it as in the file, so that a traceback names the file's own line.
-        exec(compile("\n" * (snippet.map[0] + 1) + snippet.content, name, "exec"), scope)
+    # The one line at the top of the README shows a call, and names nothing it defines.
+    assert run_snippets(name, but_compile=name == "README.md") >= 2
 
 
 def test_the_noxfile_for_other_repositories_asks_for_what_there_is(monkeypatch, pytestconfig):

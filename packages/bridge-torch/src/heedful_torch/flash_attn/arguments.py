@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from heedful_torch.function import has_no_data
-
 OPEN = -1  # a side of a window
 
 Results = Tensor | tuple[Tensor, Tensor, None]
@@ -78,8 +76,3 @@ def check_dropout_p(dropout_p: float) -> None:
             f"dropout_p must lie between 0 and 1, without 1. Got {dropout_p}. "
             "It is the probability that a weight is dropped, not that it is kept."
         )
-
-
-def drawn_seed(q: Tensor) -> int:
-    """Dropout's, from torch's default generator of CPU; without data nothing is drawn."""
-    return 0 if has_no_data(q) else int(torch.randint(2**31 - 1, (), device="cpu"))

@@ -11,6 +11,7 @@ from torch import Tensor
 import heedful
 from heedful import dispatch
 from heedful.call import Call
+from heedful_torch import dropout
 from heedful_torch.flash_attn.arguments import (
     OPEN,
     Results,
@@ -18,7 +19,6 @@ from heedful_torch.flash_attn.arguments import (
     capped_at,
     check_dropout_p,
     check_rank,
-    drawn_seed,
     slopes,
     unpacked,
     window,
@@ -88,11 +88,7 @@ def flash_attn_func(
     if deterministic:
         asked = {**options, "dropout_rate": dropout_p, "dropout_seed": 0}  # any seed
         _refuse_what_is_not_deterministic(q, k, v, asked)
-    results: Any
-    if dropout_p > 0:
-        results = _with_dropout(q, k, v, {**options, "dropout_rate": dropout_p})
-    else:
-        results = heedful.attention(q, k, v, **options)
+    results = dropout.attention(q, k, v, dropout_p, options)
     return (*results, None) if return_attn_probs else results
 
 
@@ -171,9 +167,3 @@ def _refuse_what_is_not_deterministic(
             'backend around the call: with heedful.use_backend("jax:flash").',
             {chosen.name: (why,)},
         )
-
-
-# A compiled draw would be another one, and a graph is compiled anew for each number in it.
-@outside_compilation
-def _with_dropout(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
-    return heedful.attention(q, k, v, **options, dropout_seed=drawn_seed(q))

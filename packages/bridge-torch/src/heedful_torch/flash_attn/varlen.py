@@ -15,6 +15,7 @@ import heedful
 from heedful.call.arrays import is_concrete_on_cpu
 from heedful.varlen import check_packed
 from heedful_torch.autograd import jax_in_torch
+from heedful_torch.dropout import drawn_seed
 from heedful_torch.flash_attn.arguments import (
     OPEN,
     Results,
@@ -22,7 +23,6 @@ from heedful_torch.flash_attn.arguments import (
     capped_at,
     check_dropout_p,
     check_rank,
-    drawn_seed,
     slopes,
     unpacked,
     window,

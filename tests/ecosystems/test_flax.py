@@ -1,0 +1,162 @@
+"""Flax's modules with heedful's attention inside: outputs and gradients are those of Flax's own."""
+
+import functools
+import inspect
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import heedful.flax
+
+FUNCTIONS = [
+    (heedful.flax.nnx_attention, nnx.dot_product_attention),
+    (heedful.flax.linen_attention, nn.dot_product_attention),
+]
+BACKENDS = ["jax:flash", "jax:plain"]
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), got, want)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
+def test_the_parameters_are_those_of_flax(ours: Any, theirs: Any) -> None:
+    parameters = dict(inspect.signature(ours).parameters)
+    assert parameters.pop("backend").kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(parameters) == list(inspect.signature(theirs).parameters)
+    for name, parameter in inspect.signature(theirs).parameters.items():
+        if name != "promote_dtype":  # there a function of Flax's
+            assert parameters[name].default == parameter.default
+
+
+MASKS = {
+    "none": {},
+    "causal": {"mask": nn.make_causal_mask(jnp.ones((2, 7)))},  # of floats, as Linen makes it
+    "padding": {"mask": np.arange(7) < np.array([4, 7])[:, None, None, None]},
+    "one for all": {"mask": jnp.tril(jnp.ones((7, 7), bool))},
+    "bias": {"bias": jax.random.normal(jax.random.key(9), (1, 4, 7, 7))},
+    "bias for all": {"bias": jax.random.normal(jax.random.key(9), (7, 7))},
+}
+
+
+@pytest.mark.parametrize(
+    ("lead", "name"),
+    [
+        *(((2,), name) for name in MASKS),
+        ((), "one for all"),
+        ((3, 2), "none"),
+        ((3, 2), "bias for all"),
+    ],
+)
+@pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
+def test_the_functions_agree(ours: Any, theirs: Any, lead: tuple[int, ...], name: str) -> None:
+    options = MASKS[name]
+    q, k, v = (normal(i, *lead, 7, 4, 8) for i in range(3))
+
+    def loss(attend: Any, *qkv: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(attend(*qkv, **options, deterministic=True)))
+
+    got, want = (
+        jax.value_and_grad(functools.partial(loss, attend), (0, 1, 2))(q, k, v)
+        for attend in (ours, functools.partial(theirs, dropout_rate=0.0))
+    )
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_module_of_nnx_agrees(backend: str, is_causal: bool) -> None:
+    def module(attend: Any) -> nnx.MultiHeadAttention:
+        return nnx.MultiHeadAttention(
+            num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0)
+        )
+
+    x, mask = normal(5, 2, 7, 16), np.arange(7) < np.array([5, 7])[:, None, None, None]
+
+    def loss(module: nnx.MultiHeadAttention) -> jax.Array:
+        return jnp.sum(jnp.sin(module(x, mask=mask, is_causal=is_causal)))
+
+    ours = functools.partial(heedful.flax.nnx_attention, backend=backend)
+    want, gradients = nnx.value_and_grad(loss)(module(nnx.dot_product_attention))
+    got, found = nnx.value_and_grad(loss)(module(ours))
+    assert_same(
+        (got, nnx.to_pure_dict(nnx.state(found))), (want, nnx.to_pure_dict(nnx.state(gradients)))
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_module_of_linen_is_handed_the_mask_and_agrees(backend: str) -> None:
+    ours = functools.partial(heedful.flax.linen_attention, backend=backend)
+    x = normal(5, 2, 7, 16)
+    mask = nn.make_causal_mask(x[..., 0])
+    modules = [
+        nn.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend)
+        for attend in (nn.dot_product_attention, ours)
+    ]
+    variables = modules[0].init(jax.random.key(0), x, mask=mask)
+
+    def loss(module: nn.Module, variables: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(module.apply(variables, x, mask=mask)))
+
+    want, got = (jax.value_and_grad(functools.partial(loss, m))(variables) for m in modules)
+    assert_same(got, want)
+
+
+def test_linens_cache_decodes_the_same() -> None:
+    x = normal(5, 2, 5, 16)
+    outputs = []
+    for attend in (nn.dot_product_attention, heedful.flax.linen_attention):
+        module = nn.MultiHeadDotProductAttention(num_heads=4, decode=True, attention_fn=attend)
+        variables = module.init(jax.random.key(0), x)
+        for i in range(3):
+            out, cache = module.apply(variables, x[:, i : i + 1], mutable=["cache"])
+            variables = variables | cache
+            outputs.append(out)
+    assert_same(outputs[3:], outputs[:3])
+
+
+@pytest.mark.parametrize("make", [nnx, nn], ids=["nnx", "linen"])
+def test_dropout_is_repeated_by_its_key(make: Any) -> None:
+    attend = heedful.flax.nnx_attention if make is nnx else heedful.flax.linen_attention
+    q = normal(0, 2, 7, 4, 8)
+    asked = {"dropout_rate": 0.5, "broadcast_dropout": False}
+    one, again, other = (attend(q, q, q, dropout_rng=jax.random.key(i), **asked) for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other)
+    assert_same(attend(q, q, q, deterministic=True, **asked), attend(q, q, q))
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (
+            {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)},
+            "broadcast_dropout must be False",
+        ),
+        ({"dropout_rate": 0.5, "broadcast_dropout": False}, "needs dropout_rng"),
+        ({"precision": jax.lax.Precision.HIGHEST}, "default_matmul_precision"),
+        ({"module": object()}, "sow_weights"),
+        ({"einsum_dot_general": jax.lax.dot_general}, "einsum_dot_general must be None"),
+        ({"mask": jnp.ones((2, 4, 7, 6), bool)}, "mask"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(asked: dict[str, Any], why: str) -> None:
+    q = normal(0, 2, 7, 4, 8)
+    with pytest.raises(ValueError, match=why):
+        heedful.flax.linen_attention(q, q, q, **asked)
+
+
+def test_a_dtype_casts() -> None:
+    q = normal(0, 2, 7, 4, 8)
+    out = heedful.flax.nnx_attention(q, q, q, dtype=jnp.bfloat16)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, heedful.flax.nnx_attention(*[q.astype(jnp.bfloat16)] * 3))
