@@ -23,7 +23,7 @@ def replace_sdpa(backend: str | Sequence[str] | None = None) -> AbstractContextM
     ``backend`` is as in `heedful.attention`: a name runs or raises, never falls back. Every argument has
     torch's meaning: boolean masks are True where a key is seen, float ones are added, ``is_causal`` is
     counted from the first query and key, leading axes broadcast, ``dropout_p`` is drawn from torch's
-    generator (other weights are dropped than torch's kernels drop). The block is that of its thread. What
+    generator (torch's kernels drop other weights). The block is that of its thread. What
     `torch.utils.checkpoint` recomputes in `backward` is within it only where `backward` is called there.
     Two fast paths of torch do not call this function and are left alone: those of
     `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` in evaluation without gradients, which
