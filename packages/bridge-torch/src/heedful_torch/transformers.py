@@ -9,6 +9,7 @@ counted from the first query and the first key, also where a cache of fixed size
 are queries.
 """
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 import heedful
 from heedful_torch import dropout as drawn
+
+OLDEST = "5.0"
 
 # Asked for by a model's own forward, and said to its attention too, which they do not concern.
 NOT_OF_ATTENTION = frozenset({
@@ -45,22 +48,48 @@ def register() -> dict[str, str]:
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ImportError(
-            f"heedful_torch.transformers needs transformers 5.0 or later, which cannot be imported "
+            f"heedful_torch.transformers needs transformers {OLDEST} or later, which cannot be imported "
             f"here: {error}. Install heedful-torch[transformers]."
         ) from error
     names = {backend: _name(backend) for backend in heedful.backends()}
     for backend, name in (("heedful", "heedful"), *names.items()):
         chosen = None if backend == "heedful" else backend
         AttentionInterface.register(name, partial(_attention, chosen))
-        AttentionMaskInterface.register(name, sdpa_mask)
+        AttentionMaskInterface.register(name, _mask)
     return {"heedful": "heedful", **names}
 
 
 def _name(backend: str) -> str:
     return "heedful:" + backend.replace("flash", "FLASH").replace("sdpa", "SDPA")
+
+
+def _mask(*sizes: Any, config: Any = None, **options: Any) -> Tensor | None:
+    """Boolean (B, 1, Sq, Sk), or None where all that is hidden is what causality hides."""
+    from transformers.masking_utils import sdpa_mask
+
+    if config is not None:
+        _refuse_attention_of_its_own(config)
+    mask: Tensor | None = sdpa_mask(*sizes, config=config, **options)
+    return mask
+
+
+def _refuse_attention_of_its_own(config: Any) -> None:
+    """Raises for a model whose layers compute attention themselves, whatever its implementation is named.
+
+    They would add the mask to their scores, True as 1. transformers does not check names that were
+    registered, and has no flag that all other models set.
+    """
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    modeling = sys.modules.get(name)
+    if modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        return
+    if not any(getattr(x, "_supports_attention_backend", False) for x in vars(modeling).values()):
+        raise ValueError(
+            f"{name} computes attention itself and asks no attn_implementation, so that heedful would "
+            'not be called there. Choose attn_implementation="eager" for it.'
+        )
 
 
 def _attention(
