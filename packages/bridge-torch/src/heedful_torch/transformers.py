@@ -76,7 +76,7 @@ def _mask(*sizes: Any, config: Any = None, **options: Any) -> Tensor | None:
 
 
 def _refuse_attention_of_its_own(config: Any) -> None:
-    """Raises for a model whose layers compute attention themselves, whatever its implementation is named.
+    """Raises for a model whose layers compute attention themselves, whatever they are told.
 
     They would add the mask to their scores, True as 1. transformers does not check names that were
     registered, and has no flag that all other models set.
