@@ -89,6 +89,39 @@ def test_who_is_wrong_here_disagrees_with_the_record_alone(off):
     }
 
 
+def test_what_explains_a_wrong_record_and_a_wrong_backend_is_said():
+    class Aligned:
+        """Causal by the other corner."""
+
+        name = "numpy:aligned"
+        takes, reasons = numpy_oracle.takes, numpy_oracle.reasons
+
+        def other(self, problem):
+            return replace(problem, q_offset=0)
+
+        def run(self, problem, operands):
+            return numpy_oracle.run(self.other(problem), operands)
+
+        def gradients(self, problem, *arrays):
+            return numpy_oracle.gradients(self.other(problem), *arrays)
+
+    heedful.register(Aligned())
+    try:
+        cases = chosen_cases(["causal"])
+        there = records.record(Aligned.name, cases, ["float32"], 3, {})
+        right = records.record("numpy:oracle", cases, ["float32"], 3, {})
+        outcomes = records.replay(there, ["jax:plain"]) + records.replay(right, [Aligned.name])
+    finally:
+        heedful.unregister(Aligned.name)
+    explained = {o.backend: {c for f in o.failures for c in f.causes} for o in outcomes}
+    assert explained == {
+        "recorded numpy:aligned": {"once causal is aligned top-left"},
+        "jax:plain": set(),  # which is right, and disagrees with the record
+        "recorded numpy:oracle": set(),
+        "numpy:aligned": {"once causal is aligned top-left"},
+    }
+
+
 def test_other_inputs_than_were_asked_are_told(tmp_path):
     found = made()
     with pytest.raises(InputError, match="in float32 are not those that were recorded"):

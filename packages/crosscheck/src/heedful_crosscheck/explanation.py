@@ -7,7 +7,7 @@ is said. Several causes may agree, of which the case cannot tell one from the ot
 none does, nothing is.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,6 @@ import numpy as np
 from heedful import oracle
 from heedful_crosscheck.causes import CAUSES, LOSSES, Answering, Cause, Posed
 from heedful_crosscheck.question import Question
-from heedful_crosscheck.respondent import Respondent
 from heedful_crosscheck.tolerance import CEILING, Standard
 from heedful_crosscheck.yardstick import Arithmetic, Tensors, attend, best
 
@@ -88,11 +87,13 @@ class Explainer:
     def __init__(self) -> None:
         self.known: dict[Kind, tuple[Cause, ...]] = {}
 
-    def causes(self, respondent: Respondent, question: Question, with_lse: bool) -> tuple[str, ...]:
-        """Asks a backend that failed once more, and says what would make its answer agree.
+    def causes(
+        self, answered: Callable[[], Tensors], question: Question, with_lse: bool
+    ) -> tuple[str, ...]:
+        """Says what would make the answer of a backend that failed agree.
 
         Args:
-            respondent: the backend.
+            answered: its answer, to inputs that hold nothing strange; called where there is to be tried.
             question: what it is wrong of.
             with_lse: whether LSE was asked for.
 
@@ -101,7 +102,7 @@ class Explainer:
         """
         if not 0 < question.problem.score_count <= MOST_SCORES or question.problem.functions:
             return ()
-        answer = respondent.answer(question, question.inputs, with_lse)
+        answer = answered()
         if question.misshapen(answer):
             return ()
         trial = _Trial(question, answer, with_lse)

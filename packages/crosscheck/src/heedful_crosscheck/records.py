@@ -7,10 +7,11 @@ case's inputs, which are made again. So a machine without a GPU is held to what 
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,6 +22,7 @@ from msgspec import Struct
 from heedful.dispatch.registry import in_a_line
 from heedful_crosscheck.ask import Refused, about, ask, float64_where_asked
 from heedful_crosscheck.cases import Case, everything
+from heedful_crosscheck.explanation import Explainer
 from heedful_crosscheck.files import InputError
 from heedful_crosscheck.question import Question
 from heedful_crosscheck.report.saved import Count, Dtype
@@ -179,6 +181,7 @@ def replay(found: Record, backends: Sequence[str]) -> list[Outcome]:
             answered is no answer to it.
     """
     known = {case.name: case for case in everything()}
+    explainers: defaultdict[str, Explainer] = defaultdict(Explainer)
     outcomes = []
     for run in found.runs:
         if run.case not in known:
@@ -198,19 +201,28 @@ def replay(found: Record, backends: Sequence[str]) -> list[Outcome]:
                 f"the record's {run.case} in {run.dtype} must be of out, and of {', '.join(of_oracle)} "
                 f"alone. Got {', '.join(run.answer) or 'nothing'}."
             )
-        outcomes.append(_judged(recorded, question, of_oracle, run.answer))
+        asked = _Posed(question, run.with_lse, explainers[found.backend])
+        outcomes.append(_judged(recorded, asked, of_oracle, run.answer))
         if question.misshapen(run.answer):
             continue  # which was said, and nobody can be held to it
         answer = question.canonical(run.answer)
         of_record = {tensor: of_oracle[tensor].beside(x) for tensor, x in answer.items()}
         for name in backends:
-            outcomes.append(_asked(name, question, of_record, run.with_lse))
+            asked = _Posed(question, run.with_lse, explainers[name])
+            outcomes.append(_answered(name, asked, of_record))
     return outcomes
 
 
-def _asked(
-    backend: str, question: Question, standards: dict[str, Standard], with_lse: bool
-) -> Outcome:
+class _Posed(NamedTuple):
+    """A question, whether LSE is asked for, and who knows what explained the one who is asked so far."""
+
+    question: Question
+    with_lse: bool
+    explainer: Explainer
+
+
+def _answered(backend: str, asked: _Posed, standards: dict[str, Standard]) -> Outcome:
+    question, with_lse, _ = asked
     lacking: dict[str, tuple[str, ...]] = {}
     started = time.perf_counter()
     try:
@@ -223,7 +235,8 @@ def _asked(
                 answer = ask(backend, question, question.inputs, with_lse=False)
                 lacking["LSE"] = refusal.reasons
                 standards = {"out": standards["out"]}  # gradients were recorded with LSE's
-        found = _judged(backend, question, standards, answer)
+                asked = asked._replace(with_lse=False)
+        found = _judged(backend, asked, standards, answer)
         seconds, kernel = time.perf_counter() - started, about(backend, question)[0]
         return replace(found, lacking=lacking, seconds=seconds, kernel=kernel)
     except Refused as refusal:
@@ -234,11 +247,14 @@ def _asked(
         )
 
 
-def _judged(
-    name: str, question: Question, standards: dict[str, Standard], answer: Tensors
-) -> Outcome:
+def _judged(name: str, asked: _Posed, standards: dict[str, Standard], answer: Tensors) -> Outcome:
+    question, with_lse, explainer = asked
     judgements, faults = judge_by(standards, question, answer)
-    return concluded(replace(_blank(name, question), judgements=judgements), question, faults)
+    causes: tuple[str, ...] = ()
+    if any(judgement.verdict != "agree" for judgement in judgements.values()):
+        causes = explainer.causes(lambda: answer, question, with_lse)
+    result = replace(_blank(name, question), judgements=judgements)
+    return concluded(result, question, faults, causes)
 
 
 def _blank(name: str, question: Question) -> Outcome:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from queue import LifoQueue
 from threading import BoundedSemaphore
 from typing import NamedTuple
@@ -345,7 +346,8 @@ def outcome(
             if asked is not question:
                 faults = [(t, f"{said}; without a cotangent of LSE") for t, said in faults]
         if any(judgement.verdict != "agree" for judgement in judgements.values()):
-            causes = (explainer or Explainer()).causes(respondent, asked, with_lse)
+            once_more = partial(respondent.answer, asked, asked.inputs, with_lse)
+            causes = (explainer or Explainer()).causes(once_more, asked, with_lse)
         if about.deterministic:
             faults += _unrepeated(respondent, question, with_lse, answer)
         promised = "second_derivatives" not in question.declines
