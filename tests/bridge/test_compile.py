@@ -1,4 +1,4 @@
-"""torch.compile: attention on a torch backend is part of a graph, on any other it stands between two."""
+"""torch.compile: attention of torch and JAX is part of a graph, NumPy's stands between two."""
 
 import shutil
 import subprocess
@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import heedful
+from compilations import counted
 from heedful.oracle import FEATURES
+from heedful_torch.graph import held
 
-HELD = ("torch:sdpa-flash", "torch:sdpa-math")
+HELD = ("torch:sdpa-flash", "torch:sdpa-math", "jax:flash")
 OPTIONS = {
     "causal": {"causal": True},
     "mask": {"mask": torch.arange(7) < torch.tensor([[7], [3], [0], [5], [1]])},
@@ -73,7 +77,7 @@ def check(on, options, rtol=0.0, atol=0.0, **how):
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("backend", HELD)
-def test_a_graph_holds_torchs_kernels_forward_and_backward(backend, options, compiler):
+def test_a_graph_holds_it_forward_and_backward(backend, options, compiler):
     if backend == "torch:sdpa-math":
         options = {name: x for name, x in options.items() if name != "return_lse"}
     check(backend, options, backend=compiler, fullgraph=True)
@@ -97,8 +101,8 @@ assert torch.equal(f(q), heedful.attention(q, q, q))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("backend", ["jax:flash", "numpy:oracle"])
-def test_what_no_graph_holds_stands_between_two(backend, compiler):
+def test_what_no_graph_holds_stands_between_two(compiler):
+    backend = "numpy:oracle"
     check(backend, {"causal": True, "return_lse": True}, backend=compiler)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
@@ -111,13 +115,13 @@ def test_what_no_graph_holds_stands_between_two(backend, compiler):
         check(backend, {"causal": True}, backend=compiler, fullgraph=True)
 
 
-def test_the_functions_of_the_core_stand_between_two_graphs():
+def test_a_graph_holds_the_functions_of_the_core():
     q, k, v = qkv()
 
     def call(q):
         return heedful.causal_flash_attention(2 * q, k, v, torch.ones(5, 7).int())[0].sin()
 
-    got, expected = torch.compile(call, backend="eager")(q), call(q)
+    got, expected = torch.compile(call, backend="eager", fullgraph=True)(q), call(q)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert torch.compile(lambda *x: heedful.explain(*x).chosen, backend="eager")(q, k, v)
 
@@ -199,7 +203,7 @@ def test_arrays_of_others_get_arrays_of_theirs(array):
     np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
 
 
-@pytest.mark.parametrize("backend", [*HELD, "jax:flash"])
+@pytest.mark.parametrize("backend", HELD)
 def test_torch_func_within_what_is_compiled(backend):
     def call(q):
         return heedful.attention(q, q, q, causal=True, backend=backend).square().sum()
@@ -207,9 +211,56 @@ def test_torch_func_within_what_is_compiled(backend):
     def gradients(q):
         return vmap(grad(call))(2 * q).sin()
 
-    compiled = torch.compile(gradients, backend="aot_eager", fullgraph=backend in HELD)
+    compiled = torch.compile(gradients, backend="aot_eager", fullgraph=True)
     q = normal(3, 2, 4, 8)
     torch.testing.assert_close(compiled(q), gradients(q))
+
+
+def test_a_compiled_step_compiles_jax_once_and_each_call_runs_what_is_there():
+    leaves = qkv()
+    step = torch.compile(attention("jax:flash", causal=True), backend="aot_eager", fullgraph=True)
+    with_gradients(step, leaves)
+    with counted() as compilations:
+        for _ in range(3):
+            with_gradients(step, leaves)
+    assert not compilations
+
+
+def test_the_backward_pass_of_a_graph_does_not_compute_forward_again():
+    """What JAX kept for it crosses the graph as tensors."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        attention("jax:flash"), backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    )
+    with_gradients(compiled, qkv())
+    of_jax = [
+        [n for n in g.graph.nodes if n.target is torch.ops.heedful.jax.default] for g in graphs
+    ]
+    assert [len(nodes) for nodes in of_jax] == [1, 1]
+    forward, backward = (held(nodes[0].args[0]).program for nodes in of_jax)
+    assert type(forward).__name__ == "_JaxForward" and type(backward).__name__ == "_JaxPull"
+
+
+def test_the_operation_passes_torchs_own_check():
+    q, k, v = (x.detach() for x in qkv())
+    graph = make_fx(attention("jax:flash"), tracing_mode="fake")(q, k, v)
+    (node,) = (n for n in graph.graph.nodes if n.target is torch.ops.heedful.jax.default)
+    torch.library.opcheck(torch.ops.heedful.jax.default, (node.args[0], [q, k, v]))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_export_for_elsewhere_refuses_what_is_of_this_process(strict):
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return heedful.attention(q, q, q, backend="jax:flash")
+
+    with pytest.raises(Exception, match="is exporting a program, which cannot hold jax:flash"):
+        torch.export.export(Model(), (normal(1, 2, 4, 8),), strict=strict)
 
 
 @pytest.mark.parametrize("strict", [True, False])

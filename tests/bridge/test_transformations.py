@@ -318,7 +318,7 @@ def test_a_graph_of_torch_operations_refuses_what_it_cannot_hold(backend):
     def call(q):
         return heedful.attention(q, k, v, backend=backend)
 
-    for mode in ("real", "fake", "symbolic"):
+    for mode in ("real", "fake", "symbolic") if backend == "numpy:oracle" else ():
         with pytest.raises(NotImplementedError, match="choose torch:sdpa-flash or torch:sdpa-math"):
             make_fx(call, tracing_mode=mode)(q)
     warnings.simplefilter("ignore")  # torch's own: shapes become constants of the trace
@@ -326,8 +326,8 @@ def test_a_graph_of_torch_operations_refuses_what_it_cannot_hold(backend):
         torch.jit.trace(call, (q,))
 
 
-@pytest.mark.parametrize("backend", ["torch:sdpa-flash", "torch:sdpa-math"])
-def test_a_graph_of_torch_operations_holds_torchs_kernels(backend):
+@pytest.mark.parametrize("backend", ["torch:sdpa-flash", "torch:sdpa-math", "jax:flash"])
+def test_a_graph_of_torch_operations_holds_it(backend):
     q, k, v = (x.float() for x in qkv("", 2))
 
     def call(q, k, v):

@@ -3,8 +3,8 @@
 The registry, the metadata of packages and JAX are not for torch.compile to trace. It is told so as soon
 as it is there, and not before: nothing here imports torch. A graph then holds the call as it is; what
 traces further (AOTAutograd, inductor) runs it on tensors without data, and keeps the operations of the
-backend that was chosen. A backend that makes none, of JAX or NumPy, raises NotImplementedError there, on
-which torch.compile ends one graph and begins the next.
+backend that was chosen: torch's own, or one that stands for a program of JAX. A backend of NumPy makes
+none and raises NotImplementedError there, on which torch.compile ends one graph and begins the next.
 """
 
 import sys
