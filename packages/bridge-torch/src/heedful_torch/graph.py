@@ -1,10 +1,10 @@
 """A JAX function as one operation of torch's graphs, those of `torch.compile` and `make_fx`.
 
-A graph holds torch's operations, and of Python nothing but what it made of them when it was recorded. A
-JAX function stands there as `heedful::jax(program, tensors)`. The program is a number: graphs hold numbers
-and tensors, and no functions. To tensors without data it answers with tensors without data, whose shapes
-JAX says; so it is recorded, and traced further, without being computed. It has no derivatives of its own:
-`heedful_torch.autograd` makes them, as such operations again.
+A graph holds torch's operations, and of Python nothing but what it made of them when it was recorded.
+A JAX function stands there as `heedful::jax(program, tensors)`. The program is a number: graphs hold
+numbers and tensors, and no functions. To tensors without data it answers with tensors without data,
+whose shapes JAX says; so it is recorded, and traced further, without being computed. It has no
+derivatives of its own: `heedful_torch.autograd` makes them, as such operations again.
 
 The numbers are those of this process. In a graph that is saved and read elsewhere they would mean
 nothing: `torch.export` is refused.
