@@ -163,3 +163,133 @@ def test_a_dtype_casts() -> None:
     out = heedful.flax.nnx_attention(q, q, q, dtype=jnp.bfloat16)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out, heedful.flax.nnx_attention(*[q.astype(jnp.bfloat16)] * 3))
+
+
+# A backend for each module
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.MultiHeadDotProductAttention(
+            2, name="attn", attention_fn=heedful.flax.linen_attention
+        )(x)
+
+
+class Decoder(nn.Module):
+    block: Any = Block
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(2):
+            x = self.block(name=f"layers_{i}")(x)
+        return x
+
+
+X = normal(0, 2, 7, 16)
+
+
+def chosen(record: list[Any]) -> list[tuple[str, str]]:
+    return [(choice.part, choice.backend) for choice in record]
+
+
+def compiled_by_its_method() -> Any:
+    class Block(nn.Module):
+        @nn.jit
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.MultiHeadDotProductAttention(
+                2, name="attn", attention_fn=heedful.flax.linen_attention
+            )(x)
+
+    return Block
+
+
+BLOCKS = {  # made in each test, as they keep what they compiled
+    "its own": lambda: Block,
+    "remat": lambda: nn.remat(Block),
+    "jit": lambda: nn.jit(Block),
+    "jit of the method": compiled_by_its_method,
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_modules_of_linen_take_what_is_chosen_for_their_names(kind: str, compiled: bool) -> None:
+    block = BLOCKS[kind]()
+    model = Decoder(block)
+    variables = model.init(jax.random.key(0), X)
+    apply = jax.jit(model.apply) if compiled else model.apply
+    own = apply(variables, X)
+    for choices, backends in (
+        ({"layers_1": "jax:flash", "*": "jax:plain"}, ("jax:plain", "jax:flash")),
+        ({"*.attn": "jax:flash"}, ("jax:flash", "jax:flash")),
+    ):
+        for again in (False, True):
+            with heedful.flax.linen_per_module(choices), heedful.recording() as record:
+                assert_same(apply(variables, X), own)
+            expected = list(zip(("layers_0.attn", "layers_1.attn"), backends, strict=True))
+            kept = again and (compiled or "jit" in kind)
+            assert chosen(record) == ([] if kept else expected)
+    assert heedful.explain(*[X[None]] * 3).why.startswith("the automatic choice")
+
+
+def test_what_no_module_of_linen_is_named_is_said_at_the_end() -> None:
+    model = Decoder()
+    variables = model.init(jax.random.key(0), X)
+    with (
+        pytest.raises(
+            ValueError, match=r"is named 'layer_1'\. There are layers_0, layers_0\.attn,"
+        ),
+        heedful.flax.linen_per_module({"layer_1": "jax:flash"}),
+    ):
+        model.apply(variables, X)
+    with pytest.raises(ValueError, match="no backend is named 'jax:flesh'"):
+        heedful.flax.linen_per_module({"layers_1": "jax:flesh"}).__enter__()
+    with heedful.flax.linen_per_module({"layers_1": "jax:flash", "*": "jax:plain"}):
+        pass  # nothing has run
+
+
+class Stack(nnx.Module):
+    def __init__(self, attend: Any = heedful.flax.nnx_attention) -> None:
+        self.layers = nnx.List(
+            [
+                nnx.MultiHeadAttention(2, 16, decode=False, attention_fn=attend, rngs=nnx.Rngs(i))
+                for i in range(2)
+            ]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("compiled", ["no", "nnx", "jax"])
+def test_modules_of_nnx_take_what_is_chosen_for_their_names(compiled: str) -> None:
+    model = Stack()
+    call = {
+        "no": model,
+        "nnx": functools.partial(nnx.jit(Stack.__call__), model),
+        "jax": jax.jit(model),
+    }[compiled]
+    own = call(X)
+    choices = {"layers.1": "jax:flash", "*": "jax:plain"}
+    for again in (False, True):
+        with heedful.flax.nnx_per_module(model, choices), heedful.recording() as record:
+            assert_same(call(X), own)
+        expected = [("layers.0", "jax:plain"), ("layers.1", "jax:flash")]
+        assert chosen(record) == ([] if again and compiled != "no" else expected)
+    assert model.layers[1].attention_fn is heedful.flax.nnx_attention
+    with heedful.use_backend("jax:plain"), heedful.recording() as record:
+        assert_same(model(X), own)
+    assert chosen(record) == [("", "jax:plain")] * 2
+
+
+def test_what_nnx_cannot_honour_is_said_at_once() -> None:
+    with pytest.raises(ValueError, match=r"is named 'layer\.1'\. There are layers\.0, layers\.1\."):
+        heedful.flax.nnx_per_module(Stack(), {"layer.1": "jax:flash"}).__enter__()
+    with pytest.raises(ValueError, match=r"layers\.0 computes by nnx\.dot_product_attention"):
+        heedful.flax.nnx_per_module(
+            Stack(nnx.dot_product_attention), {"*": "jax:flash"}
+        ).__enter__()

@@ -252,3 +252,34 @@ def test_masks_and_biases_add_up() -> None:
     out, _ = attend(torch.nn.Module(), q, q, q, mask, position_bias=bias)
     want = heedful.attention(q, q, q, bias=mask + bias)
     torch.testing.assert_close(out, want.transpose(1, 2))
+
+
+CHOICES = {"model.layers.0": "jax:flash", "model.layers.*.self_attn": "torch:sdpa-math"}
+
+
+def test_each_layer_takes_what_is_chosen_for_its_name_and_the_record_says_so() -> None:
+    inputs = tokens("left")
+    eager, ours = made("llama"), made("llama", NAMES["heedful"])
+    with heedful_torch.per_module(ours, CHOICES), heedful.recording() as record:
+        got = logits_and_gradients(ours, inputs)
+    assert_equal(got, logits_and_gradients(eager, inputs))
+    assert [(choice.part, choice.backend, choice.why) for choice in record] == [
+        ("model.layers.0.self_attn", "jax:flash", "asked for by per_module for 'model.layers.0'"),
+        (
+            "model.layers.1.self_attn",
+            "torch:sdpa-math",
+            "asked for by per_module for 'model.layers.*.self_attn'",
+        ),
+    ]
+
+
+def test_layers_are_recomputed_by_what_is_chosen_for_them() -> None:
+    model, inputs = made("llama", NAMES["heedful"]).train(), tokens("none")
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    with heedful_torch.per_module(model, CHOICES):
+        loss = model(**inputs).logits.square().sum()
+    with heedful.recording() as record:
+        loss.backward()
+    assert {(choice.part, choice.backend) for choice in record} == {
+        ("model.layers.0.self_attn", "jax:flash"), ("model.layers.1.self_attn", "torch:sdpa-math"),
+    }  # fmt: skip

@@ -1,8 +1,9 @@
 """heedful_torch: PyTorch in heedful, its kernels as backends, its tensors on every other one."""
 
+from heedful_torch.by_module import per_module
 from heedful_torch.dlpack import CopyWarning, to_jax, to_torch
 from heedful_torch.replacement import replace_sdpa
 
 __version__ = "0.1.0"
 
-__all__ = ["CopyWarning", "replace_sdpa", "to_jax", "to_torch"]
+__all__ = ["CopyWarning", "per_module", "replace_sdpa", "to_jax", "to_torch"]

@@ -16,7 +16,16 @@ from heedful.call.operands import Operands
 from heedful.call.problem import Problem
 from heedful.comparison import value_and_grad_difference
 from heedful.cosine import cosine_sim_flash_attention
-from heedful.dispatch import Backend, Refusal, backends, register, unregister, use_backend
+from heedful.dispatch import (
+    Backend,
+    Refusal,
+    backends,
+    part,
+    recording,
+    register,
+    unregister,
+    use_backend,
+)
 from heedful.ring import ring_attention, zigzag
 from heedful.varlen import flash_attention_varlen
 
@@ -38,7 +47,9 @@ __all__ = [
     "explain",
     "flash_attention",
     "flash_attention_varlen",
+    "part",
     "plain_attention",
+    "recording",
     "register",
     "ring_attention",
     "unregister",

@@ -9,16 +9,21 @@ does not name, a mask too, Linen leaves out. An argument is honoured or refused.
 query that sees no key gets 0, where Flax takes the mean of all values; and other weights are dropped,
 of the same rate, by the numbers that `heedful.dropout_mask` documents.
 
-Flax itself is not imported here.
+`linen_per_module` and `nnx_per_module` choose a backend for each module by its name, and name modules
+for `heedful.recording`. Flax itself is imported by these two alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from heedful.api import attention
+from heedful.dispatch import ambient
+from heedful.dispatch.by_module import NO_CHOICES, Choices
 
 
 def nnx_attention(
@@ -170,3 +175,126 @@ def _dropout(
         raise ValueError("dropout_rate > 0 needs dropout_rng, a key of jax.random. Got None.")
     seed = jax.random.randint(rng, (), 0, 2**31 - 1, jnp.int32)
     return {"dropout_rate": rate, "dropout_seed": seed}
+
+
+# JAX keeps what it compiled by this value among others: by the choices around it, and by the module.
+_traced_in: Any = jax.make_user_context(default_value=None)
+
+# Patterns that held for a module which was traced: what is compiled is not traced again.
+_decided: dict[Choices, set[str | None]] = {}
+
+
+@contextmanager
+def linen_per_module(choices: Mapping[str, str | Sequence[str]] = NO_CHOICES) -> Iterator[None]:
+    """Within the block, modules of Linen take the backend that is chosen for their names.
+
+        with heedful.flax.linen_per_module({"decoder.layers_0": "jax:flash", "*": "jax:plain"}):
+            y = model.apply(variables, x)
+
+    A name is the module's path with dots. A pattern (of fnmatch) holds for the modules that it matches
+    and for all within them; of several the first wins; where none holds, it is as without the block. A
+    backend is as in `heedful.attention`: a name runs or raises. It comes before `use_backend` around the
+    model; `backend=`, and `use_backend` within a module and around its call, come before it. Without
+    choices the modules are only named for `heedful.recording`.
+
+    What JAX compiles is kept apart by the choices, and within them by the module: a layer under `nn.jit`
+    is traced for each name. Layers of `nn.scan` are one module, with one name and one backend. Which
+    modules there are is known once they have run: what matches none raises at the end of the block.
+
+    Raises:
+        TypeError, ValueError: no backend or no module has such a name.
+    """
+    from flax import linen
+
+    table = Choices.of(choices)
+    decided, seen = _decided.setdefault(table, set()), set()
+    outer, around = _traced_in.value, ambient.part_of_the_model()
+
+    def intercepted(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if module.scope is None:  # unbound: it has no path
+            return method(*args, **kwargs)
+        path = module.path
+        kept_apart = _kept_apart(outer, table, path, module.name)
+        if module.name is not None and path[-1:] != (module.name,):
+            # nn.jit, or another lifting, begins outside of the module, and calls nobody around what it
+            # compiles: this holds until the next module runs, or until the one around it ends.
+            kept_apart.__enter__()
+            return method(*args, **kwargs)
+        decided.add(table.pattern_at(path))
+        seen.add(".".join(path))
+        name = ".".join(filter(None, (around, *path)))
+        with kept_apart, ambient.within(name, *table.at(path)):
+            return method(*args, **kwargs)
+
+    with _kept_apart(outer, table), linen.intercept_methods(intercepted):
+        yield
+    if seen:
+        table.check_each_decides(decided, seen)
+
+
+@contextmanager
+def nnx_per_module(
+    model: Any, choices: Mapping[str, str | Sequence[str]] = NO_CHOICES
+) -> Iterator[None]:
+    """Within the block, a model's modules of NNX take the backend that is chosen for their names.
+
+        with heedful.flax.nnx_per_module(model, {"layers.0": "jax:flash", "*": "jax:plain"}):
+            y = model(x)
+
+    NNX has no hook between a module and its caller. So this is for modules with an `attention_fn`, as
+    `nnx.MultiHeadAttention` has it, in whose place another is put as long as the block is open; for
+    other modules open `heedful.use_backend` around their calls. Names and choices are as in
+    `linen_per_module`. nnx.jit and jax.jit trace anew under other choices; nnx.jit also where there are
+    none, since the model's functions are part of what it compiles for.
+
+    Raises:
+        TypeError, ValueError: no backend or no such module has such a name, or it computes by Flax's own
+            function, which asks no backend.
+    """
+    from flax import nnx
+
+    table = Choices.of(choices)
+    found = [
+        (tuple(map(str, path)), module)
+        for path, module in nnx.iter_modules(model)
+        if callable(getattr(module, "attention_fn", None))
+    ]
+    table.check_each_decides(
+        {table.pattern_at(path) for path, _ in found}, [".".join(path) for path, _ in found]
+    )
+    named = []
+    for path, module in found:
+        names, source = table.at(path)
+        if names and module.attention_fn is nnx.dot_product_attention:
+            raise ValueError(
+                f"{'.'.join(path) or 'the model'} computes by nnx.dot_product_attention, which asks no "
+                "backend. Make it with attention_fn=heedful.flax.nnx_attention."
+            )
+        part = ambient.part_of_the_model(*path)
+        named.append((module, _InPart(module.attention_fn, part, names, source)))
+    try:
+        for module, attention_fn in named:
+            module.attention_fn = attention_fn
+        with _kept_apart(_traced_in.value, table):
+            yield
+    finally:
+        for module, attention_fn in named:
+            module.attention_fn = attention_fn.function
+
+
+def _kept_apart(outer: Any, table: Choices, *where: Any) -> AbstractContextManager[Any]:
+    """What JAX compiles within is of these choices alone."""
+    return _traced_in((outer, table, *where)) if table.table else nullcontext()
+
+
+@dataclass(frozen=True)  # equal to one of another block: nnx.jit keeps by it what it compiled
+class _InPart:
+    function: Callable[..., Any]
+    part: str
+    names: tuple[str, ...]
+    source: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with ambient.within(self.part, self.names, self.source):
+            return self.function(*args, **kwargs)

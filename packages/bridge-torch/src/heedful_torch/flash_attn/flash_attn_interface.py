@@ -159,7 +159,7 @@ def flash_attn_qkvpacked_func(
 def _refuse_what_is_not_deterministic(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
 ) -> None:
-    chosen = dispatch.choose(Call.of(q, k, v, **options).problem)
+    chosen = dispatch.would_choose(Call.of(q, k, v, **options).problem)
     if not getattr(chosen, "deterministic", False):
         why = "does not claim that its gradients are the same, bit for bit, each time"
         raise heedful.Refusal(

@@ -123,7 +123,7 @@ def flash_attn_with_kvcache(
             _check_new(name, cache, added, q.shape[0], new)
     check_rows(k_cache, before + new, cache_batch_idx, block_table)
     like = (like_rows(x, q.shape[0], cache_batch_idx, block_table) for x in (k_cache, v_cache))
-    dispatch.choose(Call.of(q, *like, **options).problem)
+    dispatch.would_choose(Call.of(q, *like, **options).problem)
     with torch.no_grad():
         if k is not None and v is not None:
             if rotary_cos is not None and rotary_sin is not None:

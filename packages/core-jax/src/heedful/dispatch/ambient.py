@@ -1,25 +1,44 @@
-"""Which backend is asked for around a call: by `use_backend`, or by the environment."""
+"""What is said around a call: which backend it takes, in which part of a model it is, and who notes it.
+
+Backends are asked for by `use_backend`, by a framework's `per_module`, or by the environment.
+"""
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 
 from heedful import torch_checkpoint
 from heedful.dispatch import registry
 
+Value = TypeVar("Value")
+
 ENVIRONMENT = "HEEDFUL_BACKEND"
 
 # Read once: what is compiled holds for the whole process.
 _environment = os.environ.get(ENVIRONMENT)
 
-# The blocks of `use_backend` that are open here, outermost first.
-_blocks: ContextVar[tuple[tuple[str, ...], ...]] = ContextVar("heedful_blocks", default=())
+# The names that a block asks for, and who asks. One without names asks for nothing: torch.compile, which
+# guards on the blocks, learns by it that modules have hooks which they had not.
+_Block: TypeAlias = tuple[tuple[str, ...], str]
+
+# The blocks that are open here, outermost first.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("heedful_blocks", default=())
+
+# The hooks of `per_module` that are open here, each of which opens itself again when it is called.
+_Hooks: TypeAlias = Callable[[], AbstractContextManager[None]]
+hooks: ContextVar[tuple[_Hooks, ...]] = ContextVar("heedful_hooks", default=())
+
+# The part of a model that runs here.
+_part: ContextVar[str] = ContextVar("heedful_part", default="")
+
+# Who notes what is chosen here: a `Record`.
+record: ContextVar[Any] = ContextVar("heedful_record", default=None)
 
 # The same for JAX, which keeps what it compiled by this value among others: a function that was traced
 # under one choice is traced anew under another. JAX has one value a thread, so it is not to be had from
@@ -32,22 +51,21 @@ class _Opened(threading.local):
     """The blocks that were opened in this thread and are open still, in whichever task."""
 
     def __init__(self) -> None:
-        self.blocks: list[tuple[str, ...]] = []
+        self.blocks: list[_Block] = []
 
 
 _opened = _Opened()
 _is_used = False  # use_backend, in this process
 
 
-def _preferred() -> tuple[str, ...] | None:
-    """What the innermost block asks for."""
-    blocks = _blocks.get()
-    return blocks[-1] if blocks else None
+def _preferred(blocks: Sequence[_Block]) -> _Block | tuple[None, str]:
+    """What the innermost block that asks for something asks for, and who."""
+    return next((block for block in reversed(blocks) if block[0]), (None, ""))
 
 
 def check_trace() -> None:
     """Refuses a choice that JAX, which is tracing, would keep under another one's name."""
-    if _traced_under.value == _preferred():
+    if _traced_under.value == _preferred(_blocks.get())[0]:
         return
     raise RuntimeError(
         "the block of use_backend around this call was opened in another thread or task, which JAX's "
@@ -69,11 +87,12 @@ def keep_for_recomputation() -> None:
             "use_backend was around it is not known. Checkpoint heedful.use_backend(name)(function) in "
             "its place, or name the backend by backend=."
         )
-    _keep_blocks()
+    _keep()
 
 
-def _keep_blocks() -> None:
-    torch_checkpoint.recompute_within(partial(_reopened, _blocks.get()))
+def _keep() -> None:
+    here = _blocks.get(), hooks.get(), _part.get()
+    torch_checkpoint.recompute_within(partial(_reopened, *here))
 
 
 class _Ambient:
@@ -114,47 +133,89 @@ def use_backend(name: str | Sequence[str]) -> Iterator[None]:
 
         checkpoint(heedful.use_backend("jax:plain")(compiled), x, use_reentrant=False)
     """
+    source = "asked for by use_backend"
+    with block(as_names(name, source), source):
+        yield
+
+
+@contextmanager
+def block(names: tuple[str, ...], source: str) -> Iterator[None]:
+    """A block that asks for these names, or, without any, that only tells torch.compile of itself."""
     global _is_used
-    names = _as_names(name, "asked for by use_backend")
-    _keep_blocks()  # before a checkpointed function opens its own, which it will open again
+    _keep()  # before a checkpointed function opens its own, which it will open again
     _is_used = True
-    token = _blocks.set((*_blocks.get(), names))
-    _opened.blocks.append(names)
+    opened = names, source
+    token = _blocks.set((*_blocks.get(), opened))
+    _opened.blocks.append(opened)
     _tell_jax()
     try:
         yield
     finally:
-        innermost = len(_opened.blocks) - 1 - _opened.blocks[::-1].index(names)
+        innermost = len(_opened.blocks) - 1 - _opened.blocks[::-1].index(opened)
         del _opened.blocks[innermost]
         _blocks.reset(token)
         _tell_jax()
 
 
 @contextmanager
-def _reopened(blocks: tuple[tuple[str, ...], ...]) -> Iterator[None]:
+def within(part: str, names: tuple[str, ...] = (), source: str = "") -> Iterator[None]:
+    """Within it this part of a model runs, and these names, where there are any, are asked for."""
+    _keep()
+    with _set(_part, part), block(names, source) if names else nullcontext():
+        yield
+
+
+def part_of_the_model(*names: str) -> str:
+    """What runs here, with the names of what is within it; empty where nobody has said it."""
+    return ".".join(filter(None, (_part.get(), *names)))
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Names what runs within the block, for `heedful.recording`: a layer, a component.
+
+    A part within a part has both names, with a dot between them.
+    """
+    with within(part_of_the_model(name)):
+        yield
+
+
+@contextmanager
+def _reopened(
+    blocks: tuple[_Block, ...], by_module: tuple[_Hooks, ...], part: str
+) -> Iterator[None]:
     """Within it these blocks are open, which were so elsewhere, and no others."""
-    token, opened = _blocks.set(blocks), _opened.blocks
-    _opened.blocks = list(blocks)
-    _tell_jax()
+    opened = _opened.blocks
+    try:
+        with _set(_blocks, blocks), _set(hooks, ()), _set(_part, part), ExitStack() as hooked:
+            _opened.blocks = list(blocks)
+            _tell_jax()
+            for again in by_module:
+                hooked.enter_context(again())
+            yield
+    finally:
+        _opened.blocks = opened
+        _tell_jax()
+
+
+@contextmanager
+def _set(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _opened.blocks = opened
-        _blocks.reset(token)
-        _tell_jax()
+        variable.reset(token)
 
 
 def _tell_jax() -> None:
     opened, blocks = _opened.blocks, _blocks.get()
-    value: tuple[str, ...] | None
-    if tuple(opened) == blocks[len(blocks) - len(opened) :]:
-        value = opened[-1] if opened else None
-    else:  # tasks take turns in this thread
-        value = (_MIXED,)
+    tasks_take_turns = tuple(opened) != blocks[len(blocks) - len(opened) :]
+    value = (_MIXED,) if tasks_take_turns else _preferred(opened)[0]
     _traced_under(value).__enter__()  # sets it; __exit__ would bring back what another task had set
 
 
-def _as_names(backend: str | Sequence[str], source: str) -> tuple[str, ...]:
+def as_names(backend: str | Sequence[str], source: str) -> tuple[str, ...]:
+    """One name or several, of which each is some backend's."""
     names: tuple[str, ...] = ()
     if isinstance(backend, Sequence):
         names = (backend,) if isinstance(backend, str) else tuple(backend)
@@ -174,9 +235,10 @@ def _as_names(backend: str | Sequence[str], source: str) -> tuple[str, ...]:
 def wanted(backend: str | Sequence[str] | None) -> tuple[tuple[str, ...] | None, str]:
     """The names that are asked for, None for the automatic choice, and who asks."""
     if backend is not None:
-        return _as_names(backend, source := "asked for by backend="), source
-    if (preferred := _preferred()) is not None:
-        return preferred, "asked for by use_backend"
+        return as_names(backend, source := "asked for by backend="), source
+    names, source = _preferred(_blocks.get())
+    if names is not None:
+        return names, source
     if os.environ.get(ENVIRONMENT) != _environment:
         raise RuntimeError(
             f"{ENVIRONMENT} was {_environment!r} when heedful was imported, and is "
@@ -184,10 +246,10 @@ def wanted(backend: str | Sequence[str] | None) -> tuple[tuple[str, ...] | None,
             "Python starts, or use heedful.use_backend."
         )
     if _environment:
-        names = [name.strip() for name in _environment.split(",") if name.strip()]
-        if not names:
+        listed = [name.strip() for name in _environment.split(",") if name.strip()]
+        if not listed:
             raise ValueError(
                 f"{ENVIRONMENT} must hold names of backends, separated by commas. Got {_environment!r}."
             )
-        return _as_names(names, source := f"asked for by {ENVIRONMENT}"), source
+        return as_names(listed, source := f"asked for by {ENVIRONMENT}"), source
     return None, "the automatic choice"

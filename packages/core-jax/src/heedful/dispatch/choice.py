@@ -11,7 +11,7 @@ import jax
 from heedful.call.arrays import Array
 from heedful.call.operands import Operands
 from heedful.call.problem import Problem
-from heedful.dispatch import registry
+from heedful.dispatch import ambient, registry
 from heedful.dispatch.ambient import wanted
 from heedful.dispatch.backend import Backend, Refusal
 from heedful.results import checked_run
@@ -167,8 +167,8 @@ def _not_taken(backend: Backend, problem: Problem) -> list[str]:
 
 def verdict_of(backend: Backend, problem: Problem) -> Verdict:
     """All that a backend says to a problem."""
-    if why := reasons(backend, problem):
-        return Verdict(backend.name, why)
+    if refused := reasons(backend, problem):
+        return Verdict(backend.name, refused)
     part = "score_bytes"
     try:
         score_bytes = _score_bytes(backend, problem)
@@ -202,7 +202,22 @@ def choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Back
     Raises:
         Refusal: nobody that was asked can; carries every reason of each.
     """
-    names, source = wanted(backend)
+    asked = wanted(backend)
+    chosen, tried = _first_able(problem, *asked)
+    if (record := ambient.record.get()) is not None:
+        record.note(problem, chosen.name, why(asked[1], tried, chosen), asked)
+    return registry.backend_named(chosen.name)
+
+
+def would_choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Backend:
+    """The backend that `choose` gives, or its refusal, before there is a call that could be recorded."""
+    return registry.backend_named(_first_able(problem, *wanted(backend))[0].name)
+
+
+def _first_able(
+    problem: Problem, names: tuple[str, ...] | None, source: str
+) -> tuple[Verdict, list[Verdict]]:
+    """The verdict that is taken, and all that were asked for."""
     verdicts: list[Verdict] = []
 
     def asked() -> Iterator[Verdict]:
@@ -211,13 +226,24 @@ def choose(problem: Problem, backend: str | Sequence[str] | None = None) -> Back
             yield verdicts[-1]
 
     if chosen := first(problem, asked(), by_memory=names is None):
-        return registry.backend_named(chosen.name)
+        return chosen, verdicts
     reasons = {verdict.name: verdict.reasons for verdict in verdicts}
     if not verdicts:
         raise Refusal(f"no backend for {problem.framework} arrays is installed", reasons)
     lines = [f"{verdict.name}: {verdict}" for verdict in verdicts]
     nobody = "cannot compute this call" if len(lines) == 1 else "none of them can compute this call"
     raise Refusal(f"{', '.join(reasons)} ({source}) {nobody}.\n  " + "\n  ".join(lines), reasons)
+
+
+def why(source: str, asked: Sequence[Verdict], chosen: Verdict | None) -> str:
+    """A line: who asks, and who was passed over."""
+    if chosen is None:
+        return f"{source}; none of {', '.join(v.name for v in asked)} accepts"
+    passed_over = asked[: asked.index(chosen)]
+    refused = [v.name for v in passed_over if not v.accepted]
+    words = [f"{', '.join(refused)} refused"] if refused else []
+    words += [f"{v.name} {v.builds}" for v in passed_over if v.accepted]
+    return "; ".join([source, *words])
 
 
 def run(backend: Backend, problem: Problem, operands: Operands) -> tuple[Array, Array | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from heedful.call.problem import Problem
 from heedful.dispatch import registry
 from heedful.dispatch.ambient import wanted
-from heedful.dispatch.choice import Verdict, automatic, first, verdict_of
+from heedful.dispatch.choice import Verdict, automatic, first, verdict_of, why
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,11 @@ class Explanation:
 
 def explain_choice(problem: Problem, backend: str | Sequence[str] | None = None) -> Explanation:
     """What `choose` would do, and what every backend says."""
-    names, source = wanted(backend)
+    return explain_names(problem, *wanted(backend))
+
+
+def explain_names(problem: Problem, names: tuple[str, ...] | None, source: str) -> Explanation:
+    """The same of names that are asked for, None for the automatic choice, and of who asks."""
     tried = automatic(problem) if names is None else names
     verdicts = {
         name: verdict_of(registry.backend_named(name), problem)
@@ -46,15 +50,8 @@ def explain_choice(problem: Problem, backend: str | Sequence[str] | None = None)
     }
     asked = [verdicts[name] for name in tried]
     chosen = first(problem, asked, by_memory=names is None)
-    if chosen is None:
-        why = [f"none of {', '.join(v.name for v in asked)} accepts"]
-    else:
-        passed_over = asked[: asked.index(chosen)]
-        refused = [v.name for v in passed_over if not v.accepted]
-        why = [f"{', '.join(refused)} refused"] if refused else []
-        why += [f"{v.name} {v.builds}" for v in passed_over if v.accepted]
     name = None if chosen is None else chosen.name
-    return Explanation(problem, name, "; ".join([source, *why]), tuple(verdicts.values()))
+    return Explanation(problem, name, why(source, asked, chosen), tuple(verdicts.values()))
 
 
 def _is_at_hand(name: str) -> bool:
