@@ -305,6 +305,25 @@ def conventions(session: nox.Session) -> None:
     session.run("python", "packages/crosscheck/tools/conventions/document.py")
 
 
+@nox.session(python="3.11", default=False)
+def docs(session: nox.Session) -> None:
+    """Build the site of docs/, check its links, and serve it; `-- build` stops before that."""
+    install(
+        session,
+        "linkchecker",
+        "mkdocs-include-markdown-plugin",
+        "mkdocs-material",
+        "mkdocstrings-python",
+        "ruff",
+    )
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
+    site = session.cache_dir.parent / "site"
+    session.run("mkdocs", "build", "--site-dir", str(site.absolute()))
+    session.run("linkchecker", "--no-status", str(site / "index.html"))
+    if "build" not in session.posargs:
+        session.run("mkdocs", "serve")
+
+
 @shared_session(default=False)
 def fuzz(session: nox.Session) -> None:
     """Read strangers' reports, records, calls and journals, as many as five minutes take."""

@@ -104,7 +104,8 @@ def main() -> None:
         f"reference of a few lines in float64. Made by `nox -s conventions`, not written: {made()}.",
         f"Arrays are standard normal, B = {BATCH}, H = {HEADS}, S = {SQUARE[0]}, D = {HEAD_DIM}, and "
         f"float32 where nothing else is said. {ABSENT} is what there is not; bold is what nobody would "
-        "expect; where that is a fault, the smallest program that shows it is in [found](found).",
+        "expect; where that is a fault, the smallest program that shows it is in "
+        "[found](found/README.md).",
         f"Not measured here, because they need a GPU: {', '.join(NEED_A_GPU)}.",
     )
     blocks = ["# Conventions", *(fill(text, 105) for text in opening)]
