@@ -572,6 +572,7 @@ WRONG = {
     "dtype": (lambda x: (x.half(),), r"Got \['float16\[3\]'\]"),
     "number": (lambda x: (x, x), r"Got \['float32\[3\]', 'float32\[3\]'\]"),
     "no tuple": (lambda x: x, "to return a tuple of arrays. Got Tensor"),
+    "device": (lambda x: (x.to("meta"),), "expected results on cpu.*Got one on meta"),
     "write": (
         lambda x: (x.add_(1),),
         r"LentMemoryWritten: A torch function wrote in place into its argument\(s\) \[0\]",
@@ -614,6 +615,62 @@ def test_the_callers_torch_mode_does_not_matter(mode):
     with mode():
         gradient = jax.grad(lambda x: function(x)[0].sum())(jnp.ones(3))
     np.testing.assert_allclose(gradient, np.cos(np.ones(3)), rtol=1e-6)
+
+
+def test_the_callers_autocast_does_not_matter():
+    # XLA runs it on this thread or on another, which has no autocast.
+    function = torch_in_jax(lambda x: (x @ x,), (jax.ShapeDtypeStruct((4, 4), jnp.float32),))
+    x = jnp.full((4, 4), 1.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = [jax.block_until_ready(f(x)[0]) for f in (function, jax.jit(function))]
+        gradient = jax.block_until_ready(jax.grad(lambda x: function(x)[0].sum())(x))
+    for array in got:
+        np.testing.assert_allclose(array, x @ x, rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.full((4, 4), 8.08), rtol=1e-6)
+
+
+def noisy(x):
+    return (x * torch.randn_like(x),)
+
+
+def noisy_by_a_seed(x):
+    generator = torch.Generator().manual_seed(7)
+    return (x * torch.randn(x.shape, generator=generator),)
+
+
+def test_a_gradient_of_random_numbers_is_refused():
+    # The backward pass would multiply by other ones.
+    shapes = (jax.ShapeDtypeStruct((3,), jnp.float32),)
+    function = torch_in_jax(noisy, shapes)
+    function(jnp.ones(3))[0].block_until_ready()
+    for transform in (lambda f: f, jax.jit):
+        with pytest.raises(
+            jax.errors.JaxRuntimeError, match=r"draws from torch's random generator.*from a seed"
+        ):
+            jax.block_until_ready(transform(jax.grad(lambda x: function(x)[0].sum()))(jnp.ones(3)))
+    seeded = torch_in_jax(noisy_by_a_seed, shapes)
+    out, gradient = jax.value_and_grad(lambda x: seeded(x)[0].sum())(jnp.ones(3))
+    np.testing.assert_allclose(out, gradient.sum(), rtol=1e-6)
+
+
+def test_another_threads_random_numbers_are_not_the_functions():
+    started, stop = threading.Event(), threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            torch.rand(1)
+            started.set()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    started.wait()
+    try:
+        function = torch_in_jax(lambda x: (x @ x,), (jax.ShapeDtypeStruct((64, 64), jnp.float32),))
+        for _ in range(20):
+            jax.block_until_ready(jax.grad(lambda x: function(x)[0].sum())(jnp.ones((64, 64))))
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_many_calls_from_many_threads_do_not_lock_up():

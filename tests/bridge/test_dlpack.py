@@ -1,8 +1,10 @@
 """The bridge between torch and JAX arrays: one test for each thing that DLPack gets quietly wrong."""
 
 import copy
+import ctypes
 import gc
 import io
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -314,6 +316,21 @@ WRITES = {
     "numpy": lambda t: t.numpy().__setitem__(0, 1.0),
     "asarray": lambda t: np.asarray(t).__setitem__(0, 1.0),
     "requires_grad": lambda t: t.requires_grad_().add_(1),
+    # ways round torch's dispatcher, which would be writers that nobody sees
+    "untyped_storage": lambda t: t.untyped_storage().fill_(0),
+    "storage": lambda t: t.storage().fill_(0),
+    "view's storage": lambda t: t[1:].untyped_storage().fill_(0),
+    "set_": lambda t: torch.empty(0).set_(t).add_(1),
+    "set_ to the storage": lambda t: torch.empty(0).set_(t.untyped_storage()).add_(1),
+    "share_memory_": lambda t: t.share_memory_().add_(1),
+    "torch.from_dlpack": lambda t: torch.from_dlpack(t).add_(1),
+    "np.from_dlpack": lambda t: np.from_dlpack(t).__setitem__(0, 1),
+    "apply_": lambda t: t.apply_(lambda element: 0.0),
+    "unbound numpy": lambda t: torch.Tensor.numpy(t).__setitem__(0, 1),
+    "as_subclass": lambda t: t.as_subclass(torch.Tensor).add_(1),
+    "torch.asarray": lambda t: torch.asarray(t).add_(1),
+    "functionalize": lambda t: torch.func.functionalize(lambda x: x.add_(1))(t),
+    "vmap": lambda t: torch.func.vmap(lambda x: x.add_(1))(t),
 }
 
 
@@ -323,9 +340,52 @@ def test_a_shared_array_cannot_be_written_by_torch(write):
     array = jnp.arange(24.0).reshape(4, 6)
     tensor = to_torch(array)
     assert shares_memory(tensor, array)
-    with pytest.raises((RuntimeError, ValueError), match=r"read-only|in-place operation"):
+    refused = r"read-only|in-place operation|not supported for tensor subclasses"
+    with pytest.raises((RuntimeError, ValueError), match=refused):
         write(tensor)
     np.testing.assert_array_equal(np.asarray(array), np.arange(24.0).reshape(4, 6))
+
+
+def set_data(tensor):
+    other = torch.empty(4, 6)
+    other.data = tensor
+    other.add_(1)
+
+
+OPEN = {
+    "data of another": set_data,
+    "to_dlpack": lambda t: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(t)).add_(1),
+    "data_ptr": lambda t: ctypes.memset(t.data_ptr(), 0, 8),
+}
+
+
+@pytest.mark.parametrize("write", OPEN.values(), ids=OPEN)
+def test_the_ways_round_that_are_written_down_are_open(write):
+    """As ReadOnlyTensor's docstring has it: where one of these closes, it is to be mended."""
+    array = jnp.arange(24.0).reshape(4, 6) + 1
+    write(to_torch(array))
+    assert not np.array_equal(np.asarray(array), np.arange(24.0).reshape(4, 6) + 1)
+
+
+def test_what_is_refused_for_writing_can_be_read():
+    array = jnp.arange(6.0)
+    tensor = to_torch(array)
+    with pytest.raises(RuntimeError, match=r"np.asarray\(tensor\) or to_jax.*tensor.clone\(\)"):
+        torch.from_dlpack(tensor)
+    assert shares_memory(tensor, to_jax(tensor))
+    assert np.asarray(tensor).ctypes.data == array.unsafe_buffer_pointer()
+    torch.from_dlpack(tensor, copy=True).add_(1)  # a copy is the reader's own
+    assert jnp.asarray(np.asarray(tensor)).tolist() == array.tolist() == list(range(6))
+
+
+def test_a_saved_read_only_tensor_is_loaded_as_an_ordinary_one():
+    tensor, file = to_torch(jnp.arange(6.0)), io.BytesIO()
+    torch.save({"tensor": tensor}, file)
+    file.seek(0)
+    for loaded in (torch.load(file)["tensor"], pickle.loads(pickle.dumps(tensor))):
+        assert type(loaded) is torch.Tensor and loaded.tolist() == list(range(6))
+        loaded.add_(1)
+    assert tensor.tolist() == list(range(6))
 
 
 def test_a_read_only_tensor_is_otherwise_a_tensor():
@@ -457,6 +517,14 @@ def test_gpu_memory_is_shared_on_its_device_and_streams_wait():
         assert float(array.mean()) == 50
     back = to_torch(array * 2)
     assert back.is_cuda and back.mean().item() == 100
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cudas_array_interface_says_read_only():
+    array = jnp.ones(4)
+    pointer = array.unsafe_buffer_pointer()
+    assert to_torch(array).__cuda_array_interface__["data"] == (pointer, True)
 
 
 @pytest.mark.gpu

@@ -9,4 +9,4 @@ from documents import run_snippets
 @pytest.mark.filterwarnings("ignore::heedful_torch.CopyWarning", "ignore::DeprecationWarning")
 def test_snippets_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    assert run_snippets("docs/models.md") == 7
+    assert run_snippets("docs/models.md") == 8

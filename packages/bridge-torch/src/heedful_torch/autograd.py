@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import torch
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import from_dlpack
 
 from heedful.compiled import compiled
@@ -47,6 +48,8 @@ from heedful_torch.function import (
     outside_compilation,
 )
 from heedful_torch.graph import in_graph, is_recorded, refuse_export, shapes_of_results
+from heedful_torch.outside_autocast import no_autocast
+from heedful_torch.transfers import crossed
 
 __all__ = ["jax_in_torch", "torch_in_jax"]
 
@@ -431,9 +434,12 @@ def torch_in_jax(
     faster for one that takes extra leading dimensions.
 
     The backward pass runs ``function`` again, recorded by torch autograd, and differentiates only what
-    JAX asks for. Whatever ``function`` raises comes out as a `jax.errors.JaxRuntimeError` with the
-    original message in it; so do results of another shape or dtype than promised, and a gradient through
-    an output that torch cannot differentiate. Forward mode (`jax.jvp`, `jax.hessian`) raises TypeError.
+    JAX asks for; of one that draws from torch's random generator it would differentiate another draw,
+    and raises. ``torch.autocast`` counts where ``function`` itself opens it, not around the call, which
+    XLA may run on another thread. Whatever ``function`` raises comes out as a
+    `jax.errors.JaxRuntimeError` with the original message in it; so do results of another shape, dtype
+    or device than promised, and a gradient through an output that torch cannot differentiate. Forward
+    mode (`jax.jvp`, `jax.hessian`) raises TypeError.
 
     It runs on XLA's own buffers, on a GPU on XLA's own stream: nothing goes through the host. Measured
     on 2 CPU cores: 40 µs a call against 160 µs for `pure_callback`; scaled_dot_product_attention at
@@ -505,14 +511,21 @@ class _TorchCall:
     def __call__(self, context: Any, results: Sequence[Any], *buffers: Any) -> None:
         where = _stream_of(context, (*results, *buffers))
         with torch.inference_mode(False), torch.no_grad(), where, lent(*buffers) as tensors:
-            outputs = _expect_tuple(self.function, self.function(*tensors))
             promised = tuple(from_dlpack(result) for result in results)
+            with no_autocast((*promised, *tensors)[0]):
+                outputs = _expect_tuple(self.function, self.function(*tensors))
             expected, got = _shapes_and_dtypes(promised), _shapes_and_dtypes(outputs)
             if got != expected:  # copy_ would broadcast and cast
                 raise TypeError(
                     f"torch_in_jax: expected results {expected}, as result_shapes promises. Got {got}."
                 )
             for result, output in zip(promised, outputs, strict=True):
+                if output.device != result.device:  # nor would copy_ stay where it is
+                    raise TypeError(
+                        f"torch_in_jax: expected results on {result.device}, where XLA computes. Got "
+                        f"one on {output.device}."
+                    )
+                crossed("torch", "jax", output, copied=True, why="XLA gives results their memory")
                 result.copy_(output)
 
 
@@ -531,7 +544,16 @@ class _TorchPullBack:
                 tensor.detach().requires_grad_() if want and not tensor.requires_grad else tensor
                 for tensor, want in zip(inputs, self.wanted, strict=True)
             )
+            before = _random_states(inputs)
             outputs = _expect_tuple(self.function, self.function(*inputs))
+            # Another thread may have drawn: only then is it worth looking who did.
+            if _random_states(inputs) != before and _draws(self.function, inputs):
+                raise NotImplementedError(
+                    "torch_in_jax: expected a function that gives the same results when it is run "
+                    "again, as the backward pass does. Got one that draws from torch's random "
+                    "generator. Call module.eval(), or draw from a torch.Generator that the function "
+                    "makes from a seed."
+                )
             floating = (
                 output for output in outputs if output.is_floating_point() or output.is_complex()
             )
@@ -552,6 +574,30 @@ class _TorchPullBack:
             return torch.autograd.grad(
                 ys, chosen, cts, create_graph=is_differentiated, materialize_grads=True
             )
+
+
+def _random_states(tensors: Iterable[torch.Tensor]) -> list[bytes]:
+    """What torch's generators have come to, on the host and where the tensors lie."""
+    indices = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
+    on_gpus = (torch.cuda.default_generators[index] for index in indices)
+    generators = (torch.default_generator, *on_gpus)
+    return [generator.get_state().numpy().tobytes() for generator in generators]
+
+
+def _draws(function: TorchFunction, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a function asks a generator for random numbers, by running it once more."""
+    looking = _Draws()  # type: ignore[no-untyped-call]  # torch's own
+    with torch.no_grad(), looking:
+        function(*tensors)
+    return looking.found
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from heedful_torch.function import (
     outside_compilation,
     refuse_recording,
 )
+from heedful_torch.transfers import crossed
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
@@ -166,7 +167,7 @@ def _torch_on_numpy(call: _Call, given: Mapping[str, torch.Tensor]) -> tuple[tor
 def _numpy_on_torch(call: _Call, given: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     with torch.no_grad():
         results = call(*map(_to_tensor, given.values()))
-    return tuple(np.array(_to_numpy(result)) for result in results)
+    return tuple(np.array(_to_numpy(result, copied=True)) for result in results)
 
 
 class _NumpyInTorch(Function):
@@ -179,7 +180,8 @@ class _NumpyInTorch(Function):
                 tensors[0].new_empty(x.shape, dtype=getattr(torch, x.dtype.name))
                 for x in call.result_shapes()
             )
-        return tuple(_to_tensor(np.array(result)) for result in call(*map(_to_numpy, tensors)))
+        results = call(*map(_to_numpy, tensors))
+        return tuple(_to_tensor(np.array(result), copied=True) for result in results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -220,7 +222,8 @@ class _NumpyPullBack(FirstOrder):
                 dlse = [np.zeros(dout.shape[:3], problem.accumulator)]
             operands = call.operands(tuple(map(_to_numpy, tensors[count:])))
             found = checked_gradients(backend, problem, operands, dout, *dlse)
-            gradients = {n: _to_tensor(np.array(x)) for n, x in found.differentiable.items()}
+            primals = found.differentiable
+            gradients = {n: _to_tensor(np.array(x), copied=True) for n, x in primals.items()}
         return tuple(gradients.get(name) for name in call.names)
 
     @staticmethod
@@ -244,15 +247,29 @@ def _one_by_one(
     return stacked, tuple(None if x is None else 0 for x in stacked)
 
 
-def _to_numpy(x: torch.Tensor) -> np.ndarray:
+OWN = "the caller's own, whatever memory a backend returns"  # why a result is copied
+
+
+def _to_numpy(x: torch.Tensor, *, copied: bool = False) -> np.ndarray:
+    """The same memory; that the caller copies it is for the report to say."""
     x = x.detach()
+    crossed("torch", "numpy", x, copied=copied, why=OWN if copied else "the same memory")
     if x.dtype == torch.bfloat16:  # ml_dtypes' in NumPy, which torch does not know
         return x.view(torch.int16).numpy().view(BFLOAT16)
     return x.numpy()
 
 
-def _to_tensor(x: np.ndarray) -> torch.Tensor:
-    if why := _why_torch_must_copy(x):
+def _to_tensor(x: np.ndarray, *, copied: bool = False) -> torch.Tensor:
+    """The same memory where that can be; of an array that the caller has copied, if `copied`."""
+    why = _why_torch_must_copy(x)
+    crossed(
+        "numpy",
+        "torch",
+        x,
+        copied=copied or why is not None,
+        why=OWN if copied else why or "the same memory",
+    )
+    if why:
         warnings.warn(
             f"an array of shape {x.shape}, {x.dtype} was copied: {why}.", CopyWarning, stacklevel=2
         )

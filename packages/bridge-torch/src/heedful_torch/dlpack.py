@@ -41,6 +41,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.dlpack import from_dlpack
 
+from heedful_torch.transfers import crossed, is_reported
+
 __all__ = [
     "CopyWarning",
     "LentMemoryWritten",
@@ -88,7 +90,10 @@ def to_jax(tensor: torch.Tensor, *, copy: bool | None = False) -> jax.Array:
     _refuse_tensor_without_counterpart(tensor)
     tensor = tensor._plain if isinstance(tensor, ReadOnlyTensor) else tensor
     tensor = tensor.detach()
+    why, copied = "the same memory, by DLPack", True
     if copy is True:
+        if is_reported():
+            why = why_jax_must_copy(tensor) or "copy=True"
         tensor = _fresh(tensor)
     elif (reason := why_jax_must_copy(tensor)) is not None:
         if copy is False:
@@ -98,7 +103,10 @@ def to_jax(tensor: torch.Tensor, *, copy: bool | None = False) -> jax.Array:
                 "or copy=None to copy when needed."
             )
         warnings.warn(f"to_jax copied {_describe(tensor)}: {reason}.", CopyWarning, stacklevel=2)
-        tensor = _fresh(tensor)
+        why, tensor = reason, _fresh(tensor)
+    else:
+        copied = False
+    crossed("torch", "jax", tensor, copied=copied, why=why)
     # torch exports only from its current CUDA device; JAX hands over the stream that has to wait.
     current = (
         torch.cuda.device(tensor.device)
@@ -147,9 +155,11 @@ def to_torch(array: jax.Array, *, copy: bool | None = False) -> torch.Tensor:
     ValueError for arrays that are deleted, spread over several devices or out of torch's reach.
     """
     _check_copy(copy)
-    alias = adopt(array)
+    alias = _alias(array)
     if copy is not True:
+        crossed("jax", "torch", alias, copied=False, why="the same memory, read-only")
         return ReadOnlyTensor(alias)
+    crossed("jax", "torch", alias, copied=True, why="copy=True")
     fresh = _fresh(alias)
     if fresh.is_cuda:  # else JAX could reuse the memory before torch has read it
         torch.cuda.current_stream(fresh.device).synchronize()
@@ -163,6 +173,12 @@ def adopt(array: jax.Array) -> torch.Tensor:
     JAX computes in the background; on a CPU this waits, so that afterwards torch may also write into, or
     free, what the array was computed from. On a GPU torch's stream waits, by the DLPack protocol.
     """
+    tensor = _alias(array)
+    crossed("jax", "torch", tensor, copied=False, why="a fresh result, given up by JAX")
+    return tensor
+
+
+def _alias(array: jax.Array) -> torch.Tensor:
     _refuse_array_without_counterpart(array)
     if platform_of(array) == "cpu":
         array.block_until_ready()
@@ -180,6 +196,8 @@ def lent(*buffers: Any) -> Iterator[tuple[torch.Tensor, ...]]:
     """
     with torch.inference_mode(False):  # inference tensors have no version counter
         tensors = tuple(from_dlpack(buffer) for buffer in buffers)
+    for tensor in tensors:
+        crossed("jax", "torch", tensor, copied=False, why="XLA's buffer, lent for one call")
     before = [tensor._version for tensor in tensors]
     yield tensors
     written = [i for i, tensor in enumerate(tensors) if tensor._version != before[i]]
@@ -194,10 +212,17 @@ class ReadOnlyTensor(torch.Tensor):
     """A tensor over memory that belongs to a JAX array: every operation that would write is refused.
 
     The refusal comes before the write, also for views, ``out=``, ``.data``, optimizers and
-    ``torch.no_grad``. Everything else works, autograd included; results are ordinary tensors.
+    ``torch.no_grad``. Everything else works, autograd included; results are ordinary tensors, and so is
+    what was pickled or saved, once loaded.
 
-    It cannot see writers that bypass torch's dispatcher: ``untyped_storage()``, ``torch.from_dlpack``,
-    ``set_()`` on the storage, and kernels given ``data_ptr()``. ``clone()`` gives an ordinary tensor.
+    What would hand out the memory to writers that nobody can see is refused too, though it writes
+    nothing itself: the storage, ``other.set_(tensor)``, and DLPack (``torch.from_dlpack``,
+    ``np.from_dlpack``), in which torch does not say that memory is read-only. ``np.asarray`` gives NumPy
+    a read-only view, and `to_jax` the array to JAX. ``clone()`` gives an ordinary tensor.
+
+    Three ways round it are in C, where no refusal can stand, and write into the JAX array:
+    ``other.data = tensor``, the older ``torch.utils.dlpack.to_dlpack(tensor)``, and an address:
+    ``data_ptr()``, which kernels that only read need too.
     """
 
     _plain: torch.Tensor  # the same memory, unguarded
@@ -216,6 +241,10 @@ class ReadOnlyTensor(torch.Tensor):
         # torch's schemas say of each argument whether it is written to, or a view of it returned.
         for position, argument in enumerate(func._schema.arguments):
             given = args[position] if position < len(args) else kwargs.get(argument.name)
+            if func is torch.ops.aten.set_.source_Tensor and isinstance(given, ReadOnlyTensor):
+                _refuse_to_hand_out(
+                    "other.set_(tensor)"
+                )  # its schema calls the source a mere input
             if argument.alias_info is None or not _holds_read_only(given):
                 continue
             if argument.alias_info.is_write:
@@ -241,8 +270,29 @@ class ReadOnlyTensor(torch.Tensor):
             return view.astype(dtype)
         return view.copy() if copy else view
 
+    def untyped_storage(self) -> NoReturn:
+        _refuse_to_hand_out("its storage")
+
+    storage = _typed_storage = untyped_storage
+
+    def __dlpack__(self, *, copy: bool | None = None, **options: Any) -> Any:
+        if copy is not True:
+            _refuse_to_hand_out("its memory by DLPack")
+        return _fresh(self._plain).__dlpack__(**options)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._plain.__cuda_array_interface__
+        return found | {"data": (found["data"][0], True)}  # True: read-only
+
+    def apply_(self, function: Any) -> NoReturn:
+        _refuse_to_hand_out("its elements to apply_")
+
     def tolist(self) -> Any:
         return self._plain.tolist()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return copying.deepcopy(self._plain, memo)
@@ -381,6 +431,15 @@ def _holds_read_only(given: Any) -> bool:
     return any(
         isinstance(item, ReadOnlyTensor)
         for item in (given if isinstance(given, (list, tuple)) else (given,))
+    )
+
+
+def _refuse_to_hand_out(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"expected a tensor whose memory may be written. Got a read-only one, asked for {what}: its "
+        "memory belongs to a JAX array, and JAX arrays are immutable. To read it pass "
+        "np.asarray(tensor) or to_jax(tensor); to write, tensor.clone(), or make it with "
+        "to_torch(array, copy=True)."
     )
 
 

@@ -138,10 +138,10 @@ def is_transformed(tensors: Iterable[Tensor]) -> bool:
 def outside_compilation(function: Call) -> Call:
     """Decorates what torch.compile, which crashes inside JAX, has to stay out of."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" in sys.modules:  # to import it takes a second
-            return torch.compiler.disable(function)(*args)  # type: ignore[no-untyped-call]  # torch's own
-        return function(*args)
+            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch's own
+        return function(*args, **kwargs)
 
     return cast(Call, functools.update_wrapper(call, function, updated=()))
 
@@ -161,8 +161,8 @@ def refuse_recording(what: Any) -> None:
         what = getattr(what, "__name__", what)
         raise NotImplementedError(
             f"torch is recording a graph of its operations, which cannot hold {what}. Compile without "
-            "fullgraph=True, so that it runs between two graphs, or choose torch:sdpa-flash or "
-            "torch:sdpa-math, which a graph can hold."
+            "fullgraph=True, so that it runs between two graphs. For attention choose torch:sdpa-flash "
+            "or torch:sdpa-math, which a graph can hold."
         )
 
 
