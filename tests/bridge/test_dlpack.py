@@ -274,8 +274,8 @@ def test_arrays_without_a_counterpart_are_refused(make, kind, message):
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.grad], ids=["jit", "vmap", "grad"])
-def test_tracers_are_refused_and_pointed_to_torch_in_jax(transform):
-    with pytest.raises(TypeError, match=r"being traced by jit, grad or vmap.*torch_in_jax"):
+def test_tracers_are_refused_and_pointed_to_as_jax(transform):
+    with pytest.raises(TypeError, match=r"being traced by jit, grad or vmap.*as_jax"):
         transform(to_torch)(jnp.ones(3))
 
 

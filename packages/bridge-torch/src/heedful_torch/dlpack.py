@@ -149,7 +149,7 @@ def to_torch(array: jax.Array, *, copy: bool | None = False) -> torch.Tensor:
 
     Every array that torch can hold is shared without a copy, so ``copy=None`` is the same as
     ``copy=False``: both return a `ReadOnlyTensor`. ``copy=True`` returns an ordinary tensor that owns
-    its memory. Gradients do not flow back into JAX: see `heedful_torch.autograd.torch_in_jax`.
+    its memory. Gradients do not flow back into JAX: see `heedful_torch.as_jax`.
 
     Raises TypeError for arrays that have no torch counterpart (tracers, PRNG keys, 4-bit integers),
     ValueError for arrays that are deleted, spread over several devices or out of torch's reach.
@@ -393,7 +393,7 @@ def _refuse_array_without_counterpart(array: jax.Array) -> None:
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
             f"to_torch: expected an array with values. Got {array}, which is being traced by jit, "
-            "grad or vmap. Run torch inside JAX with heedful_torch.autograd.torch_in_jax."
+            "grad or vmap. Run torch inside JAX with heedful_torch.as_jax(torch_function)."
         )
     if not isinstance(array, jax.Array):
         raise TypeError(f"to_torch: expected a jax.Array. Got {type(array).__name__}.")
