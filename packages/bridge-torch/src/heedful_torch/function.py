@@ -161,8 +161,8 @@ def refuse_recording(what: Any) -> None:
         what = getattr(what, "__name__", what)
         raise NotImplementedError(
             f"torch is recording a graph of its operations, which cannot hold {what}. Compile without "
-            "fullgraph=True, so that it runs between two graphs. For attention choose torch:sdpa-flash "
-            "or torch:sdpa-math, which a graph can hold."
+            "fullgraph=True, so that it runs between two graphs, or choose torch:sdpa-flash or "
+            "torch:sdpa-math, which a graph can hold."
         )
 
 
