@@ -55,8 +55,6 @@ NUMBERS = (int, float, complex, np.generic)  # and bool, which is an int
 def as_torch(function: Function, *, copy: bool | None = False) -> Function:
     """A torch function that runs a JAX function of any pytrees, differentiable to any order.
 
-    ::
-
         def loss(parameters, x, *, power=2): ...                # of JAX arrays
 
         value = heedful_torch.as_torch(loss)(parameters, x, power=4)  # of torch tensors
@@ -133,8 +131,6 @@ def as_jax(
     function: Function, *, result_shapes: Any = None, vmap_method: str = "sequential"
 ) -> Function | tuple[Function, dict[str, jax.Array]]:
     """A JAX function that runs a torch function of any pytrees: under jit, grad, vmap, scan, checkpoint.
-
-    ::
 
         def loss(parameters, x, *, power=2): ...                # of torch tensors
 

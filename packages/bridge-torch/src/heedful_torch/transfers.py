@@ -80,8 +80,6 @@ class TransferReport:
 def transfer_report() -> Iterator[TransferReport]:
     """Reports what crosses between torch and JAX or NumPy within the block: shared or copied, and why.
 
-    ::
-
         with heedful_torch.transfer_report() as report:
             heedful.attention(q, k, v, backend="jax:flash")
         print(report)
