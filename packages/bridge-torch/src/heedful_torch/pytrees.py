@@ -67,7 +67,8 @@ def as_torch(function: Function, *, copy: bool | None = False) -> Function:
     hand it equal functions: a new lambda is a new function.
 
     Reverse and forward mode, torch.func, torch.utils.checkpoint, tensors without data, ``copy`` and
-    what is refused are those of `heedful_torch.autograd.jax_in_torch`.
+    what is refused are those of `heedful_torch.autograd.jax_in_torch`. `torch.compile` breaks its graph
+    here, and with fullgraph=True raises.
 
     Raises TypeError for a function or static leaf that has no hash, for arrays of another framework,
     and what `to_jax` raises.
