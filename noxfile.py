@@ -131,7 +131,7 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
     session.run(str(shared_folder(session) / "bin" / program), *arguments, external=True)
 
 
-def fetched(session: nox.Session, package: str) -> str:
+def fetched(session: nox.Session, package: str, *isolation: str) -> str:
     """The sdist of a package, in the version that constraints/ pin; fetched once."""
     pins = Path("constraints/py311.txt").read_text().splitlines()
     (pin,) = (line for line in pins if line.startswith(f"{package.replace('_', '-')}=="))
@@ -140,7 +140,7 @@ def fetched(session: nox.Session, package: str) -> str:
     if not file.exists():
         # pip reads an sdist's metadata by running its setup, for which the environment has all it asks.
         session.env.update(BUILD)
-        own = ("--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest")
+        own = ("--no-deps", "--no-binary", ":all:", *isolation, "--dest")
         run(session, "python", "-m", "pip", "download", *own, str(folder), pin)
     return str(file)
 
@@ -243,11 +243,12 @@ def conformance(session: nox.Session) -> None:
     """Test against ONNX's cases and flash-attn's tests, backends broken on purpose, and the README."""
     session.env.update(compiled(session))
     run(session, *PYTEST, "tests/conformance", *session.posargs)
-    run(session, "python", "tests/conformance/flash_attns_own.py", fetched(session, "flash_attn"))
+    sdist = fetched(session, "flash_attn", "--no-build-isolation")
+    run(session, "python", "tests/conformance/flash_attns_own.py", sdist)
 
 
-def test_ecosystems(session: nox.Session, *versions: str) -> None:
-    """In the newest versions that constraints/ pin, or in those that are named."""
+def in_ecosystems(session: nox.Session, *versions: str) -> None:
+    """Tests in the newest versions that constraints/ pin, or in those that are named."""
     install_beside(session)
     # expecttest is what torch's own inputs ask for; MiniLM comes without the library that trained it.
     install(session, *ECOSYSTEMS, "expecttest")
@@ -263,13 +264,14 @@ def test_ecosystems(session: nox.Session, *versions: str) -> None:
 @nox.session(python="3.11", requires=["environment"])
 def ecosystems(session: nox.Session) -> None:
     """Test heedful inside Hugging Face's, Flax's, Keras's, Equinox's and torch's own modules."""
-    test_ecosystems(session)
+    in_ecosystems(session)
+    session.run("python", "tests/ecosystems/their_own.py", fetched(session, "flax"))
 
 
 @nox.session(name="ecosystems-oldest", python="3.11", requires=["environment"], default=False)
 def ecosystems_oldest(session: nox.Session) -> None:
     """The same in the oldest versions that the extras allow."""
-    test_ecosystems(session, *OLDEST)
+    in_ecosystems(session, *OLDEST)
 
 
 @shared_session()

@@ -146,7 +146,6 @@ def test_dropout_is_repeated_by_its_key(make: Any) -> None:
             "broadcast_dropout must be False",
         ),
         ({"dropout_rate": 0.5, "broadcast_dropout": False}, "needs dropout_rng"),
-        ({"precision": jax.lax.Precision.HIGHEST}, "default_matmul_precision"),
         ({"module": object()}, "sow_weights"),
         ({"einsum_dot_general": jax.lax.dot_general}, "einsum_dot_general must be None"),
         ({"mask": jnp.ones((2, 4, 7, 6), bool)}, "mask"),

@@ -57,7 +57,7 @@ def nnx_attention(
         dropout_rate: with which probability a weight is dropped, where not deterministic.
         deterministic: whether nothing is dropped.
         dtype: what query, key and value are cast to first; by default they must be of one.
-        precision: None; `jax.default_matmul_precision` around the whole step says it.
+        precision: any; products of the flash core and of plain attention are of the highest.
         module: None; weights, which it would sow, are not to be had.
         promote_dtype: Flax's own, called as there where it is given.
         is_causal: whether query i sees keys up to i alone, counted from the first of each.
@@ -74,7 +74,7 @@ def nnx_attention(
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
     elif dtype is not None:
         query, key, value = (x.astype(dtype) for x in (query, key, value))
-    _refuse_what_needs_weights(module, precision)
+    _refuse_what_needs_weights(module)
     out = attention(
         query,
         key,
@@ -143,16 +143,11 @@ def linen_attention(
     )
 
 
-def _refuse_what_needs_weights(module: Any, precision: Any) -> None:
+def _refuse_what_needs_weights(module: Any) -> None:
     if module is not None:
         raise ValueError(
             "sow_weights=True asks for the attention's weights, which heedful does not make: they are "
             "quadratic in memory. For them use Flax's own dot_product_attention."
-        )
-    if precision not in (None, jax.lax.Precision.DEFAULT, "default"):
-        raise ValueError(
-            f"precision must be None. Got {precision!r}. Open jax.default_matmul_precision around the "
-            "whole step in its place: it holds for gradients too."
         )
 
 
