@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import heedful
 from compilations import counted
 from heedful.oracle import FEATURES
+from heedful_torch import graph
 from heedful_torch.graph import held
 
 HELD = ("torch:sdpa-flash", "torch:sdpa-math", "jax:flash")
@@ -246,10 +247,26 @@ def test_the_backward_pass_of_a_graph_does_not_compute_forward_again():
     assert type(forward).__name__ == "_JaxForward" and type(backward).__name__ == "_JaxPull"
 
 
+def test_graphs_of_the_same_are_told_by_the_same_numbers():
+    q, k, v = qkv()
+
+    def numbers():
+        made = make_fx(lambda *x: with_gradients(attention("jax:flash"), x))(q, k, v)
+        return [n.args[0] for n in made.graph.nodes if n.target is torch.ops.heedful.jax.default]
+
+    once = numbers()
+    assert len(once) == 2 and numbers() == once
+    kept = len(graph._held)
+    for length in (11, 12, 13):  # asked for shapes alone, nothing is kept
+        x = torch.empty(1, 2, length, 8, device="meta")
+        heedful.attention(x, x, x, backend="jax:flash")
+    assert len(graph._held) == kept
+
+
 def test_the_operation_passes_torchs_own_check():
     q, k, v = (x.detach() for x in qkv())
-    graph = make_fx(attention("jax:flash"), tracing_mode="fake")(q, k, v)
-    (node,) = (n for n in graph.graph.nodes if n.target is torch.ops.heedful.jax.default)
+    made = make_fx(attention("jax:flash"), tracing_mode="fake")(q, k, v)
+    (node,) = (n for n in made.graph.nodes if n.target is torch.ops.heedful.jax.default)
     torch.library.opcheck(torch.ops.heedful.jax.default, (node.args[0], [q, k, v]))
 
 

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+import heedful
 import heedful_torch
 from heedful import Refusal
 
@@ -78,8 +80,9 @@ def test_a_layer_of_torchs_is_replaced_within_the_block_alone(backend: str) -> N
     x, memory = torch.randn(2, 9, 32), torch.randn(2, 6, 32)
     causal = nn.Transformer.generate_square_subsequent_mask(9)
     own = layer(x, memory, tgt_mask=causal, tgt_is_causal=True)
-    with heedful_torch.replace_sdpa(backend):
+    with heedful_torch.replace_sdpa(backend), heedful.recording() as record:
         torch.testing.assert_close(layer(x, memory, tgt_mask=causal, tgt_is_causal=True), own)
+    assert [entry.backend for entry in record] == [backend] * 2  # of itself, and of the memory
     q = torch.randn(1, 1, 3, 8)
     with heedful_torch.replace_sdpa("torch:flash-attn-4"), pytest.raises(Refusal):
         scaled_dot_product_attention(q, q, q)
@@ -97,6 +100,41 @@ def test_a_compiled_function_holds_it() -> None:
     torch.testing.assert_close(attend(q), scaled_dot_product_attention(q, q, q, is_causal=True))
 
 
+def test_a_compiled_layer_holds_it() -> None:
+    layer = nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 9, 32)
+    own, _ = layer(x, x, x, need_weights=False)
+    compiled = torch.compile(layer, backend="eager")
+    with heedful_torch.replace_sdpa("torch:sdpa-math"), heedful.recording() as record:
+        ours, _ = compiled(x, x, x, need_weights=False)
+    torch.testing.assert_close(ours, own)
+    assert "torch:sdpa-math" in {entry.backend for entry in record}
+
+
+def test_under_autocast_it_computes_in_the_dtype_that_torch_would() -> None:
+    q, v = normal(2, 4, 5, 8), torch.randn(2, 4, 5, 8, dtype=torch.bfloat16)
+    mask = torch.randn(5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = scaled_dot_product_attention(q, q, v, mask)
+        with heedful_torch.replace_sdpa("jax:flash"):
+            ours = scaled_dot_product_attention(q, q, v, mask)
+    assert ours.dtype == own.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, own, rtol=2e-2, atol=1e-2)
+    assert torch.autograd.grad(ours.float().sum(), q)[0].dtype == torch.float32
+
+
+def test_a_recorded_draw_of_dropout_is_refused() -> None:
+    q = torch.randn(2, 4, 5, 8)
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        with heedful_torch.replace_sdpa("jax:plain"):
+            return scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+
+    for mode in ("real", "fake"):
+        with pytest.raises(NotImplementedError, match="the seed of dropout would be a constant"):
+            make_fx(attend, tracing_mode=mode)(q)
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -105,11 +143,15 @@ def test_a_compiled_function_holds_it() -> None:
             "exclude each other",
         ),
         ({"attn_mask": torch.ones(5, 6, dtype=torch.bool)}, "mask"),
+        (
+            {"attn_mask": torch.ones(5, 5, dtype=torch.int64)},
+            "attn_mask must be boolean or of query",
+        ),
     ],
 )
 def test_what_torch_refuses_is_refused(options: dict[str, Any], why: str) -> None:
     q = torch.randn(2, 4, 5, 8)
-    with heedful_torch.replace_sdpa("jax:flash"), pytest.raises(ValueError, match=why):
+    with heedful_torch.replace_sdpa("jax:flash"), pytest.raises((TypeError, ValueError), match=why):
         scaled_dot_product_attention(q, q, q, **options)
 
 

@@ -91,7 +91,11 @@ def logits_and_gradients(model: torch.nn.Module, inputs: dict[str, Tensor]) -> d
     seen = inputs["attention_mask"].bool()
     if model.config.is_encoder_decoder:
         inputs = inputs | {"decoder_input_ids": inputs["input_ids"]}
-    logits = model(**inputs).logits[seen]
+    with heedful.recording() as record:
+        logits = model(**inputs).logits[seen]
+    layers = model.config.num_hidden_layers * (3 if model.config.is_encoder_decoder else 1)
+    by_heedful = model.config._attn_implementation.startswith("heedful")
+    assert len(record) == (layers if by_heedful else 0)
     logits.square().sum().backward()
     named = model.named_parameters()
     return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in named if p.grad is not None}
@@ -174,6 +178,17 @@ def test_a_pretrained_encoder_means_the_same(backend: str) -> None:
         model(**inputs).last_hidden_state[inputs["attention_mask"].bool()] for model in loaded
     )
     torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_the_dtype_is_what_sdpa_would_compute_in() -> None:
+    outputs = {}
+    for name in ("sdpa", "heedful"):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            outputs[name] = made("llama", name)(**tokens("left")).logits
+    seen = tokens("left")["attention_mask"].bool()
+    torch.testing.assert_close(
+        outputs["heedful"][seen], outputs["sdpa"][seen], rtol=5e-2, atol=1e-2
+    )
 
 
 def test_dropout_is_repeated_by_the_seed_and_by_a_checkpoint() -> None:

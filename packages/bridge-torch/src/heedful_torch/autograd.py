@@ -199,7 +199,7 @@ def _recorded(
     """What `_JaxFunction.forward` returns, computed by an operation of torch's graph."""
     if any(wanted):
         forward = _JaxForward(function, wanted)
-        _, residuals = shapes_of_results(forward.whole, tensors)
+        _, residuals = shapes_of_results(_Whole(forward), tensors)
         if not residuals.opaque:
             results = in_graph(forward, take, *tensors)
             return *results, dataclasses.replace(residuals, fresh=(), opaque=())
@@ -233,12 +233,19 @@ class _JaxForward:
     function: JaxFunction
     wanted: tuple[bool, ...]
 
-    def whole(self, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], _Residuals]:
-        return _values_and_residuals(self.function, self.wanted, *arrays)
-
     def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        outputs, residuals = self.whole(*arrays)
+        outputs, residuals = _Whole(self)(*arrays)
         return *outputs, *residuals.fresh
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+    """inputs → the outputs, and all residuals."""
+
+    forward: _JaxForward
+
+    def __call__(self, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], _Residuals]:
+        return _values_and_residuals(self.forward.function, self.forward.wanted, *arrays)
 
 
 @dataclasses.dataclass(frozen=True)

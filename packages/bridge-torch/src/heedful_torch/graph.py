@@ -11,6 +11,8 @@ nothing: `torch.export` is refused.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from heedful.compiled import compiled
+from heedful.compiled import KEPT, compiled
 from heedful_torch.dlpack import WIDE, adopt, x64_is_enabled
 from heedful_torch.function import has_no_data
 
@@ -36,22 +38,30 @@ class Held(NamedTuple):
 
 _held: list[Held] = []
 _numbers: dict[Held, int] = {}
+_one_at_a_time = Lock()
 
 
 def is_recorded(tensors: Sequence[Any]) -> bool:
     """Whether what happens to some tensors is written down, or asked for its shapes alone."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None or any(
-        isinstance(x, Tensor) and (isinstance(x, FunctionalTensor) or has_no_data(x))
-        for x in tensors
+    return _is_written_down(tensors) or any(
+        isinstance(x, Tensor) and has_no_data(x) for x in tensors
     )
+
+
+def _is_written_down(tensors: Sequence[Any]) -> bool:
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return proxies is not None or any(isinstance(x, FunctionalTensor) for x in tensors)
 
 
 def in_graph(program: Program, take: Take, *tensors: Tensor) -> tuple[Tensor, ...]:
     """program(*map(take, tensors)) as an operation, fresh tensors; computed when the graph is."""
     known = Held(program, take, x64_is_enabled())
-    if known not in _numbers:
-        _numbers[known] = len(_held)
-        _held.append(known)
+    if not _is_written_down(tensors):  # asked for shapes alone, by a graph that is still to be made
+        return tuple(_without_data(known, tensors))
+    with _one_at_a_time:
+        if known not in _numbers:
+            _held.append(known)
+            _numbers[known] = len(_held) - 1
     return tuple(torch.ops.heedful.jax(_numbers[known], list(tensors)))
 
 
@@ -61,8 +71,15 @@ def held(number: int) -> Held:
 
 
 def shapes_of_results(program: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
-    """What JAX says that a program returns, by `jax.eval_shape`."""
-    return jax.eval_shape(program, *map(_shape, tensors))
+    """What JAX says that a program returns, by `jax.eval_shape`: for equal shapes the same object."""
+    return _shapes_of_results(program, tuple(map(_shape, tensors)), x64_is_enabled())
+
+
+@lru_cache(KEPT)
+def _shapes_of_results(
+    program: Callable[..., Any], shapes: tuple[jax.ShapeDtypeStruct, ...], x64: bool
+) -> Any:
+    return jax.eval_shape(program, *shapes)
 
 
 def refuse_export(what: Any) -> None:
@@ -71,7 +88,7 @@ def refuse_export(what: Any) -> None:
         what = getattr(what, "__name__", what)
         raise NotImplementedError(
             f"torch is exporting a program, which cannot hold {what}: it is a function of this process. "
-            "Choose torch:sdpa-flash or torch:sdpa-math, or compile with torch.compile, which holds it."
+            "Write it in torch there; of attention, torch:sdpa-flash and torch:sdpa-math are."
         )
 
 
@@ -86,7 +103,10 @@ def _jax(program: int, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @_jax.register_fake
 def _jax_without_data(program: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-    known = held(program)
+    return _without_data(held(program), tensors)
+
+
+def _without_data(known: Held, tensors: Sequence[Tensor]) -> list[Tensor]:
     with jax.enable_x64(known.x64):
         results = shapes_of_results(known.program, tensors)
     return [tensors[0].new_empty(x.shape, dtype=getattr(torch, x.dtype.name)) for x in results]

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from heedful.dispatch.ambient import wanted
 from heedful.torch_compile import run_while_tracing
-from heedful_torch import dropout
+from heedful_torch import module_call
+from heedful_torch.function import outside_compilation
 
 
 def replace_sdpa(backend: str | Sequence[str] | None = None) -> AbstractContextManager[Any]:
@@ -40,14 +43,43 @@ class _Replaced(TorchFunctionMode):
     def __init__(self, backend: str | Sequence[str] | None) -> None:
         super().__init__()
         _check(backend)
-        self.backend = backend
+        self.attention = partial(_attention, backend)
+        # torch.compile, where the block is within what it compiles, cannot trace how this is made.
+        traced = torch.compiler.is_dynamo_compiling()
+        self.multi_head = None if traced else _calling(multi_head_attention_forward, self.attention)
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is scaled_dot_product_attention:
-            return _attention(self.backend, *args, **(kwargs or {}))
+            func = self.attention
+        elif func is multi_head_attention_forward:
+            # It is itself a function that a mode is told of, and then calls attention without the mode.
+            return _apart(self.multi_head or _calling(func, self.attention), args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+@outside_compilation  # which would look for its names in torch's own module
+def _apart(function: Any, args: Any, kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _calling(function: Any, attention: Any) -> Any:
+    """A function of torch's, which finds another attention under the name by which it calls it."""
+    name = scaled_dot_product_attention.__name__
+    if name not in function.__code__.co_names:
+        raise RuntimeError(
+            f"{function.__name__} of torch {torch.__version__} does not call {name}, where "
+            "heedful_torch.replace_sdpa would replace it. Please report this."
+        )
+    own = FunctionType(
+        function.__code__,
+        {**function.__globals__, name: attention},
+        function.__name__,
+        function.__defaults__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 @run_while_tracing
@@ -73,6 +105,7 @@ def _attention(
             "attn_mask and is_causal=True exclude each other in scaled_dot_product_attention. Put "
             "causality into the mask."
         )
+    query, key, value, attn_mask = module_call.as_autocast(query, query, key, value, attn_mask)
     inputs = (query, key, value)
     if min(x.ndim for x in inputs) < 2:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
@@ -91,9 +124,13 @@ def _attention(
     options: dict[str, Any] = {"backend": backend, "scale": scale}
     options["causal"] = "top_left" if is_causal else False
     if attn_mask is not None:
-        name = "mask" if attn_mask.dtype == torch.bool else "bias"
-        options[name] = _of_rank(lifted, attn_mask)
-    out: Tensor = dropout.attention(query, key, value, dropout_p, options)
+        if attn_mask.dtype not in (torch.bool, query.dtype):
+            raise TypeError(
+                f"attn_mask must be boolean or of query's dtype. Got {attn_mask.dtype} beside "
+                f"{query.dtype}. For 0 and 1 pass attn_mask != 0."
+            )
+        options["mask" if attn_mask.dtype == torch.bool else "bias"] = _of_rank(lifted, attn_mask)
+    out: Tensor = module_call.attention(query, key, value, dropout_p, options)
     return out.reshape(out.shape[lifted - rank :])
 
 

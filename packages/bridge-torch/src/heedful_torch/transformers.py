@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import heedful
-from heedful_torch import dropout as drawn
+from heedful_torch import module_call
 
 OLDEST = "5.0"
 
@@ -42,7 +42,7 @@ def register() -> dict[str, str]:
     Raises:
         ImportError: there is no transformers of 5.0 or later here.
 
-    What a model asks is honoured or refused, never dropped: dropout (see `heedful_torch.dropout`),
+    What a model asks is honoured or refused, never dropped: dropout (drawn from torch's generator),
     sliding windows, softcap, sinks, position biases, additive masks, sequences packed into one row.
     Weights are not returned: a model that is asked for its attentions raises.
     """
@@ -137,7 +137,11 @@ def _attention(
             )
         options["q_segment_ids"] = _segments("cu_seq_lens_q", cu_seq_lens_q, query)
         options["kv_segment_ids"] = _segments("cu_seq_lens_k", cu_seq_lens_k, key)
-    out = drawn.attention(query, key, value, dropout, options)
+    query, key, value = module_call.as_autocast(query, query, key, value)
+    options["sinks"], options["bias"] = module_call.as_autocast(
+        query, options["sinks"], options["bias"]
+    )
+    out = module_call.attention(query, key, value, dropout, options)
     return out.transpose(1, 2).contiguous(), None
 
 

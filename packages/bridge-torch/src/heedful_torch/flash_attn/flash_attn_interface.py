@@ -11,7 +11,7 @@ from torch import Tensor
 import heedful
 from heedful import dispatch
 from heedful.call import Call
-from heedful_torch import dropout
+from heedful_torch import module_call
 from heedful_torch.flash_attn.arguments import (
     OPEN,
     Results,
@@ -88,7 +88,7 @@ def flash_attn_func(
     if deterministic:
         asked = {**options, "dropout_rate": dropout_p, "dropout_seed": 0}  # any seed
         _refuse_what_is_not_deterministic(q, k, v, asked)
-    results = dropout.attention(q, k, v, dropout_p, options)
+    results = module_call.attention(q, k, v, dropout_p, options)
     return (*results, None) if return_attn_probs else results
 
 

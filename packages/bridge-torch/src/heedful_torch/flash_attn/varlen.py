@@ -15,7 +15,6 @@ import heedful
 from heedful.call.arrays import is_concrete_on_cpu
 from heedful.varlen import check_packed
 from heedful_torch.autograd import jax_in_torch
-from heedful_torch.dropout import drawn_seed
 from heedful_torch.flash_attn.arguments import (
     OPEN,
     Results,
@@ -29,6 +28,7 @@ from heedful_torch.flash_attn.arguments import (
 )
 from heedful_torch.flash_attn.rows import check_rows, check_table, packed
 from heedful_torch.function import outside_compilation
+from heedful_torch.module_call import drawn_seed
 
 
 def flash_attn_varlen_func(

@@ -82,11 +82,14 @@ def recording() -> Iterator[Record]:
     What is compiled chooses when it is traced, and is recorded then: a function that jax.jit or
     torch.compile has compiled before is not recorded again, and one that they trace twice is recorded
     twice. So is what torch.utils.checkpoint recomputes. A call that is refused raises and is not
-    recorded. The block is that of its thread and of its asyncio task; of two, one in the other, the
-    inner one records.
+    recorded. The block is that of its thread and of its asyncio task. Of two, one in the other, the
+    outer one is given what the inner one recorded when that ends.
     """
+    outer = ambient.record.get()
     token = ambient.record.set(record := Record())
     try:
         yield record
     finally:
         ambient.record.reset(token)
+        if outer is not None:
+            outer.extend(record)
