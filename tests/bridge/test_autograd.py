@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from jax.test_util import check_grads
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from compilations import counted
 from heedful_torch import autograd
@@ -235,10 +236,40 @@ COMPLEX = {
 
 
 @pytest.mark.parametrize(("dtype", "function"), COMPLEX.values(), ids=COMPLEX)
-def test_complex_gradients_are_refused(dtype, function):
-    x = torch.ones(2, dtype=dtype, requires_grad=True)
+@pytest.mark.parametrize(
+    "differentiated",
+    [
+        lambda f: lambda x: f(x.requires_grad_()),
+        torch.func.grad,
+        lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+        lambda f: lambda x: torch.func.vmap(torch.func.grad(f))(x[None]),
+        lambda f: lambda x: make_fx(torch.func.grad(f))(x),
+        lambda f: lambda x: make_fx(lambda x: torch.autograd.grad(f(x), x))(x.requires_grad_()),
+    ],
+    ids=["eager", "func.grad", "func.jvp", "vmap of grad", "make_fx of func.grad", "make_fx"],
+)
+def test_complex_gradients_are_refused(dtype, function, differentiated):
+    warnings.filterwarnings("ignore", message=".*torch.jit.script")  # torch's own, in jvp
+
+    def loss(x):
+        return jax_in_torch(function)(x)[0].abs().sum()
+
     with pytest.raises(TypeError, match="expected real inputs and outputs to differentiate"):
-        jax_in_torch(function)(x)
+        differentiated(loss)(torch.ones(2, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "transformed", [lambda f: f, torch.func.vmap, lambda f: lambda x: make_fx(f)(x)(x)]
+)
+def test_complex_numbers_that_are_not_differentiated_pass(transformed):
+    function = transformed(lambda x: jax_in_torch(lambda x: (jnp.fft.fft(x),))(x)[0])
+    x = normal(2, 4, dtype=torch.float32)
+    torch.testing.assert_close(function(x), torch.fft.fft(x))
+
+
+def test_complex_numbers_within_a_function_are_jaxs_to_differentiate(x64):
+    function = jax_in_torch(lambda x: (jnp.abs(jnp.fft.fft(x)),))
+    assert torch.autograd.gradcheck(function, normal(4).requires_grad_())
 
 
 def test_no_grad_records_nothing():
@@ -532,6 +563,64 @@ def test_integer_arguments_and_results():
     value, pull_back, moved = jax.vjp(lambda x: function(x, index), x, has_aux=True)
     assert value.tolist() == [3, 1] and moved.tolist() == [4, 2]
     assert pull_back(jnp.asarray([1.0, 5.0]))[0].tolist() == [0, 5, 0, 1]
+
+
+def of_complex(z):
+    """Neither holomorphic nor linear, with a complex and a real result; in either framework."""
+    return z * z * z.conj() + (2 - 1j) * z.conj(), (z * z.conj()).real * z.imag
+
+
+def of_real(x, fft):
+    """Two results by way of a complex one."""
+    y = fft(x)
+    return y * y, (y * y.conj()).real
+
+
+COMPLEX_IN_JAX = {
+    "complex to complex": (
+        torch.complex(normal(2, 4), normal(2, 4, seed=2)),
+        of_complex,
+        of_complex,
+    ),
+    "real to complex": (
+        normal(2, 4),
+        lambda x: of_real(x, torch.fft.fft),
+        lambda x: of_real(x, jnp.fft.fft),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"]
+)
+@pytest.mark.parametrize(("x", "in_torch", "in_jax"), COMPLEX_IN_JAX.values(), ids=COMPLEX_IN_JAX)
+@jax.numpy_dtype_promotion("standard")
+def test_complex_gradients_are_jaxs(x, in_torch, in_jax, transform, x64):
+    x = jnp.asarray(x.numpy())
+    weights = jnp.asarray(normal(2, 4, seed=1).numpy()) * (1 - 2j) + x[::-1]
+    wrapped = torch_in_jax(
+        in_torch,
+        lambda x: (
+            jax.ShapeDtypeStruct(x.shape, jnp.complex128),
+            jax.ShapeDtypeStruct(x.shape, jnp.float64),
+        ),
+    )
+
+    def loss(function):
+        def loss(x):
+            one, other = transform(function)(x)
+            return (one * weights).real.sum() + jnp.sin(other).sum()
+
+        return loss
+
+    def second(function):
+        gradient = jax.grad(loss(function))
+        return jax.grad(lambda x: (gradient(x) * weights * x).real.sum())
+
+    for derivative in (lambda function: jax.grad(loss(function)), second):
+        got, expected = derivative(wrapped)(x), derivative(in_jax)(x)
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-11)
 
 
 def half_differentiable(x):

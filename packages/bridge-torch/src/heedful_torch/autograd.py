@@ -11,6 +11,7 @@ backward              `jax.vjp`; the residuals are kept           `torch.autogra
 forward mode          `jax.jvp`, itself run by `jax_in_torch`     refused
 a mapped axis         `jax.vmap`, itself run by `jax_in_torch`    one call after the other
 higher orders         the backward is itself a `jax_in_torch`     the backward is itself a `torch_in_jax`
+complex gradients     refused                                     JAX's, the conjugates of torch's
 ====================  ==========================================  ====================================
 
 Both compile once for each function, compared by ``==`` and ``hash``: pass the same function again, or a
@@ -81,7 +82,8 @@ def jax_in_torch(function: JaxFunction, *, copy: bool | None = False) -> TorchFu
     Raises what `to_jax` raises; TypeError if ``function`` returns no tuple, or for complex numbers to
     differentiate (the frameworks' complex gradients are each other's conjugates); NotImplementedError
     where torch writes down a program for elsewhere (`torch.export`, `torch.jit.trace`). The graphs of
-    `torch.compile` and `make_fx` hold it as an operation (`heedful_torch.graph`).
+    `make_fx` hold it as an operation (`heedful_torch.graph`). `torch.compile` breaks its graph here, and
+    with fullgraph=True raises; `heedful.attention` it holds.
 
     Measured on 2 CPU cores, tiny arrays: 220 µs for three inputs, 45 µs of that for each `to_jax`.
     """
@@ -122,8 +124,6 @@ class _JaxFunction(Function):
             return *map(adopt, _run(function, *arrays)), None
         values, residuals = _run_and_linearize(function, wanted, *arrays)
         outputs = tuple(map(adopt, values))
-        _refuse_complex(x for x, want in zip(tensors, wanted, strict=True) if want)
-        _refuse_complex(outputs)
         return *outputs, *map(adopt, residuals.fresh), dataclasses.replace(residuals, fresh=())
 
     @staticmethod
@@ -148,7 +148,6 @@ class _JaxFunction(Function):
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second look
         inputs, kept = saved[: ctx.count], saved[ctx.count :]
         wanted = ctx.needs_input_grad[3:]
-        _refuse_complex(x for x, want in zip(inputs, wanted, strict=True) if want)
         floating = [
             inputs[0].new_zeros(shape, dtype=dtype) if cotangent is None else cotangent
             for (shape, dtype), cotangent in zip(ctx.results, cotangents, strict=False)
@@ -175,7 +174,6 @@ class _JaxFunction(Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
         inputs, tangents = ctx.saved_tensors, tangents[3:]
         moving = tuple(tangent is not None for tangent in tangents)
-        _refuse_complex(x for x, moves in zip(inputs, moving, strict=True) if moves)
         with jax.enable_x64(ctx.x64):
             push_forward = _JaxPushForward(ctx.function, moving)
             given = (tangent for tangent in tangents if tangent is not None)
@@ -391,11 +389,15 @@ def _linearize(function: JaxFunction, wanted: tuple[bool, ...], arrays: Sequence
 def _floating_part(
     function: JaxFunction, chosen: tuple[bool, ...], arrays: Sequence[jax.Array]
 ) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
-    """The function of the chosen inputs, which returns (floating results, others), and those inputs."""
+    """The function of the chosen inputs, which returns (floating results, others), and those inputs.
+
+    Every derivative, eager, in torch.func or in a graph, is one of this: here complex ones are refused.
+    """
     constant = tuple(None if yes else array for yes, array in zip(chosen, arrays, strict=True))
 
     def of_chosen(*inputs: jax.Array) -> Any:
         outputs = _expect_tuple(function, function(*_fill(constant, inputs)))
+        _refuse_complex((*inputs, *outputs))
         is_floating = [jnp.issubdtype(output.dtype, jnp.floating) for output in outputs]
         floating = tuple(output for output, yes in zip(outputs, is_floating, strict=True) if yes)
         return floating, tuple(
@@ -415,8 +417,8 @@ def _fit_to_jax(tensor: torch.Tensor) -> jax.Array:
     return to_jax(tensor, copy=None if why_jax_must_copy(tensor) is None else True)
 
 
-def _refuse_complex(tensors: Iterable[torch.Tensor]) -> None:
-    if any(tensor.is_complex() for tensor in tensors):
+def _refuse_complex(arrays: Iterable[jax.Array]) -> None:
+    if any(jnp.issubdtype(array.dtype, jnp.complexfloating) for array in arrays):
         raise TypeError(
             "jax_in_torch: expected real inputs and outputs to differentiate. Got a complex one."
         )
@@ -442,11 +444,11 @@ def torch_in_jax(
 
     The backward pass runs ``function`` again, recorded by torch autograd, and differentiates only what
     JAX asks for; of one that draws from torch's random generator it would differentiate another draw,
-    and raises. ``torch.autocast`` counts where ``function`` itself opens it, not around the call, which
-    XLA may run on another thread. Whatever ``function`` raises comes out as a
-    `jax.errors.JaxRuntimeError` with the original message in it; so do results of another shape, dtype
-    or device than promised, and a gradient through an output that torch cannot differentiate. Forward
-    mode (`jax.jvp`, `jax.hessian`) raises TypeError.
+    and raises. Complex gradients are JAX's, which are the conjugates of torch's. ``torch.autocast``
+    counts where ``function`` itself opens it, not around the call, which XLA may run on another thread.
+    Whatever ``function`` raises comes out as a `jax.errors.JaxRuntimeError` with the original message in
+    it; so do results of another shape, dtype or device than promised, and a gradient through an output
+    that torch cannot differentiate. Forward mode (`jax.jvp`, `jax.hessian`) raises TypeError.
 
     It runs on XLA's own buffers, on a GPU on XLA's own stream: nothing goes through the host. Measured
     on 2 CPU cores: 40 µs a call against 160 µs for `pure_callback`; scaled_dot_product_attention at
@@ -491,8 +493,11 @@ def _call_torch_backward(
 ) -> tuple[Any, ...]:
     arrays: tuple[jax.Array, ...] = residuals.args
     pull_back: Any = residuals.func
+    # Of complex numbers, JAX's gradient is the conjugate of torch's. Of real ones conj is nothing.
     needed = tuple(
-        jnp.zeros(result.shape, result.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
+        jnp.zeros(result.shape, result.dtype)
+        if isinstance(cotangent, SymbolicZero)
+        else jnp.conj(cotangent)
         for result, cotangent in zip(promised, cotangents, strict=True)
         if jnp.issubdtype(result.dtype, jnp.inexact)
     )
@@ -502,7 +507,7 @@ def _call_torch_backward(
         if want
     )
     gradients = iter(_call_torch(pull_back, shapes, vmap_method, *arrays, *needed))
-    return tuple(next(gradients) if want else None for want in pull_back.wanted)
+    return tuple(jnp.conj(next(gradients)) if want else None for want in pull_back.wanted)
 
 
 _call_torch.defvjp(_call_torch_forward, _call_torch_backward, symbolic_zeros=True)
