@@ -169,6 +169,67 @@ def test_numbers_that_are_equal_and_not_the_same_are_told_apart(one, other):
     assert [function(torch.ones(2), n)[1] for n in (one, other)] == [repr(one), repr(other)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Option:
+    value: object
+    note: object = dataclasses.field(default=None, compare=False)
+
+
+class Options(Option):
+    """With a field that has no hash."""
+
+    def __hash__(self):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Option(1), Option(1.0)),
+        (Option((0.0,)), Option((-0.0,))),
+        (Option(Option(1)), Option(Option(True))),
+        (frozenset({True}), frozenset({1.0})),
+        (frozenset({(1, "a"), (1.0, "b")}), frozenset({(1.0, "a"), (1, "b")})),
+        (frozenset({Option(1)}), frozenset({Option(1.0)})),
+    ],
+    ids=["field", "tuple in a field", "nested", "frozenset", "paired", "both"],
+)
+def test_numbers_within_a_static_leaf_are_told_apart(one, other):
+    assert one == other and _Static.of(one) != _Static.of(other)
+    function = as_torch(lambda x, option: (x, repr(option)))
+    assert [function(torch.ones(2), x)[1] for x in (one, other)] == [repr(one), repr(other)]
+
+
+def test_what_is_compared_by_identity_is_not_looked_into():
+    @dataclasses.dataclass(eq=False)
+    class Node:
+        parent: object = None
+
+    node = Node()
+    node.parent = node
+    assert _Static.of(node) == _Static.of(node) != _Static.of(Node())
+    assert as_torch(lambda x, node: x + 1)(torch.ones(1), node).item() == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        lambda: Option(1, note=[1]),
+        lambda: Option((1, -0.0, Option("a"))),
+        lambda: Options([1.0]),
+        lambda: frozenset({1, "a", None}),
+        lambda: Option,
+    ],
+    ids=["not compared", "nested", "own hash", "frozenset", "class"],
+)
+def test_equal_static_leaves_compile_once(option):
+    function = as_torch(lambda x, option: x * 2)
+    function(torch.ones(2), option())
+    with counted() as counts:
+        function(torch.ones(2), option())
+    assert not counts
+
+
 def test_the_same_nan_compiles_once():
     function = as_torch(lambda x, number: x + number)
     function(torch.ones(2), float("nan"))
@@ -216,6 +277,9 @@ def test_torch_compile_stays_out_of_as_torch():
 
     x = torch.ones(3, requires_grad=True)
     torch.testing.assert_close(torch.compile(around, backend="eager")(x), torch.sin(x * 3) * 2 + 1)
+    torch._dynamo.reset()  # it would take the broken graph again
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(around, backend="eager", fullgraph=True)(x)
 
 
 class Unhashable:
@@ -317,6 +381,22 @@ def test_the_callers_autocast_does_not_matter():
         got = jax.block_until_ready(as_jax(lambda x: x @ x)(x))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, x @ x, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "default", [lambda: jax.devices("cpu")[0], lambda: "cpu"], ids=["device", "name"]
+)
+def test_torch_runs_without_data_where_jax_computes_by_default(default, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = []
+
+    def look(x):
+        found.append(x.device.type)
+        return x
+
+    with jax.default_device(default()):
+        jax.jit(as_jax(look)).lower(jnp.ones(2))
+    assert found == ["cpu"]
 
 
 def test_shapes_are_found_once_for_each_structure_and_shape():

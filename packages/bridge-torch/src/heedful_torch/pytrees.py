@@ -8,17 +8,21 @@ arrays and the rest, and put together again. For both twins alike:
 containers          JAX's pytrees: tuples, lists, dicts, None, named tuples, registered classes
 arrays              cross, and carry gradients where they are floating
 every other leaf    is static: handed to the function as it is, and compiled by; so it must be hashable.
-                    Numbers are told apart by type and digits: 1, 1.0 and True are three
+                    Numbers are told apart by type and digits: 1, 1.0 and True are three, also in
+                    the fields of a frozen dataclass, in a frozenset, and in a tuple in one of these
 results             the same, of whose other leaves numbers and strings alone are let through
 ==================  ================================================================================
 
 One function, compared by ``==`` and ``hash``, compiles once for each structure, set of static leaves,
-shapes and dtypes. The last 128 of these are kept, with all that their functions close over.
+shapes and dtypes. The last 128 of these are kept, with all that their functions close over. Functions,
+and what structures carry themselves (the keys of a dict, static fields of a registered class), are told
+apart by ``==`` alone, as by `jax.jit`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -67,8 +71,8 @@ def as_torch(function: Function, *, copy: bool | None = False) -> Function:
     hand it equal functions: a new lambda is a new function.
 
     Reverse and forward mode, torch.func, torch.utils.checkpoint, tensors without data, ``copy`` and
-    what is refused are those of `heedful_torch.autograd.jax_in_torch`. `torch.compile` breaks its graph
-    here, and with fullgraph=True raises.
+    what is refused are those of `heedful_torch.autograd.jax_in_torch`: so `torch.compile` breaks its
+    graph here, and with fullgraph=True raises, while `make_fx` holds the call.
 
     Raises TypeError for a function or static leaf that has no hash, for arrays of another framework,
     and what `to_jax` raises.
@@ -316,7 +320,9 @@ def _refuse_without_counterpart(expected: str, tree: _Tree) -> None:
 def _device_of(arrays: Sequence[jax.Array]) -> str:
     """Where torch will be handed the arrays: where one lies, or else where JAX computes by default."""
     lying = (platform_of(x) for x in arrays if not isinstance(x, jax.core.Tracer))
-    return "cuda" if next(lying, jax.default_backend()) == "gpu" else "cpu"
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]  # untyped config
+    computing = getattr(default, "platform", default) or jax.default_backend()
+    return "cuda" if next(lying, computing) in ("gpu", "cuda") else "cpu"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -339,15 +345,38 @@ class _Static:
     """A leaf that is no array: equal ones are compiled once, so it is told apart by more than ``==``."""
 
     value: Any = field(compare=False)
-    key: tuple[type, Any]
+    key: tuple[Any, ...]
 
     @classmethod
     def of(cls, value: Any) -> _Static:
-        # the digits of a number: 1 == True, 0.0 == -0.0, and NaN is not NaN
-        return cls(value, (type(value), repr(value) if isinstance(value, NUMBERS) else value))
+        return cls(value, _key(value))
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+def _key(value: Any) -> tuple[Any, ...]:
+    """What tells a value apart: its type and the digits of its numbers, and otherwise ``==``."""
+    if isinstance(value, NUMBERS):
+        return type(value), repr(value)  # 1 == True, 0.0 == -0.0, and NaN is not NaN
+    if isinstance(value, tuple):
+        return type(value), tuple(map(_key, value))
+    if isinstance(value, frozenset):
+        return type(value), frozenset(map(_key, value))
+    own: Any = type(value).__eq__  # that of object is by identity
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and own is not object.__eq__:
+        compared = (getattr(value, f.name) for f in dataclasses.fields(value) if f.compare)
+        # A class with a hash of its own may have fields that have none.
+        return type(value), value, tuple(_key(x) if _has_hash(x) else None for x in compared)
+    return type(value), value
+
+
+def _has_hash(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -424,16 +453,13 @@ def _split(name: str, tree: Any, arrays: Any, foreign: Any) -> tuple[_Tree, list
             raise TypeError(
                 f"{name}: expected {expected} as arguments. Got {type(leaf).__name__}. Pass {mend}."
             )
-        static = _Static.of(leaf)
-        try:
-            hash(static)
-        except TypeError:
+        if not _has_hash(leaf):
             raise TypeError(
                 f"{name}: expected arguments to be arrays, pytrees of them, or hashable. Got "
                 f"{type(leaf).__name__}. Register its class with "
                 "jax.tree_util.register_dataclass or register_pytree_node, or close over it."
-            ) from None
-        places.append(static)
+            )
+        places.append(_Static.of(leaf))
     return _Tree(structure, tuple(places)), found
 
 
@@ -464,11 +490,9 @@ def _dtype_of(array: Any) -> str:
 def _refuse_unhashable_function(name: str, function: Function) -> None:
     if not callable(function):
         raise TypeError(f"{name}: expected a function. Got {type(function).__name__}.")
-    try:
-        hash(function)
-    except TypeError:
+    if not _has_hash(function):
         raise TypeError(
             f"{name}: expected a function that has a hash, by which it is compiled once. Got a "
             f"{type(function).__name__} that has none. If it is a pytree, make it an argument: "
             f"{name}(lambda f, *args: f(*args)); else close over it: {name}(lambda *args: f(*args))."
-        ) from None
+        )
