@@ -2,6 +2,9 @@
 
 import functools
 import inspect
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import flax.linen as nn
@@ -249,6 +252,22 @@ def test_what_no_module_of_linen_is_named_is_said_at_the_end() -> None:
         pass  # nothing has run
 
 
+def test_what_one_model_has_another_may_not_have() -> None:
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.MultiHeadDotProductAttention(
+                2, name="attn", attention_fn=heedful.flax.linen_attention
+            )(x)
+
+    choices = {"layers_1": "jax:plain"}
+    for model, says in ((Decoder(), None), (Other(), "is named 'layers_1'. There are attn")):
+        variables = model.init(jax.random.key(0), X)
+        said = pytest.raises(ValueError, match=re.escape(says)) if says else nullcontext()
+        with said, heedful.flax.linen_per_module(choices):
+            model.apply(variables, X)
+
+
 class Stack(nnx.Module):
     def __init__(self, attend: Any = heedful.flax.nnx_attention) -> None:
         self.layers = nnx.List(
@@ -283,6 +302,20 @@ def test_modules_of_nnx_take_what_is_chosen_for_their_names(compiled: str) -> No
     with heedful.use_backend("jax:plain"), heedful.recording() as record:
         assert_same(model(X), own)
     assert chosen(record) == [("", "jax:plain")] * 2
+
+
+def test_a_model_that_another_thread_has_open_is_refused_and_left_as_it_was() -> None:
+    model = Stack()
+    with heedful.flax.nnx_per_module(model, {"*": "jax:plain"}):
+        with ThreadPoolExecutor(1) as other, pytest.raises(RuntimeError, match="another thread"):
+            other.submit(heedful.flax.nnx_per_module(model, {"*": "jax:flash"}).__enter__).result()
+        with heedful.flax.nnx_per_module(model, {"*": "jax:flash"}), heedful.recording() as record:
+            model(X)
+        assert chosen(record) == [("layers.0", "jax:flash"), ("layers.1", "jax:flash")]
+        with heedful.recording() as record:
+            model(X)
+        assert chosen(record) == [("layers.0", "jax:plain"), ("layers.1", "jax:plain")]
+    assert model.layers[0].attention_fn is heedful.flax.nnx_attention
 
 
 def test_what_nnx_cannot_honour_is_said_at_once() -> None:

@@ -13,9 +13,11 @@ of the same rate, by the numbers that `heedful.dropout_mask` documents.
 for `heedful.recording`. Flax itself is imported by these two alone.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, cast
 
 import jax
@@ -175,8 +177,9 @@ def _dropout(
 # JAX keeps what it compiled by this value among others: by the choices around it, and by the module.
 _traced_in: Any = jax.make_user_context(default_value=None)
 
-# Patterns that held for a module which was traced: what is compiled is not traced again.
-_decided: dict[Choices, set[str | None]] = {}
+# Patterns that held for a module which was traced, by the model's class: what is compiled is not traced
+# again.
+_decided: defaultdict[tuple[Choices, type], set[str | None]] = defaultdict(set)
 
 
 @contextmanager
@@ -202,7 +205,9 @@ def linen_per_module(choices: Mapping[str, str | Sequence[str]] = NO_CHOICES) ->
     from flax import linen
 
     table = Choices.of(choices)
-    decided, seen = _decided.setdefault(table, set()), set()
+    decided: set[str | None] = set()
+    seen: set[str] = set()
+    roots: set[type] = set()
     outer, around = _traced_in.value, ambient.part_of_the_model()
 
     def intercepted(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -216,6 +221,8 @@ def linen_per_module(choices: Mapping[str, str | Sequence[str]] = NO_CHOICES) ->
             # compiles: this holds until the next module runs, or until the one around it ends.
             kept_apart.__enter__()
             return method(*args, **kwargs)
+        if not path:
+            roots.add(type(module))
         decided.add(table.pattern_at(path))
         seen.add(".".join(path))
         name = ".".join(filter(None, (around, *path)))
@@ -225,6 +232,9 @@ def linen_per_module(choices: Mapping[str, str | Sequence[str]] = NO_CHOICES) ->
     with _kept_apart(outer, table), linen.intercept_methods(intercepted):
         yield
     if seen:
+        for root in roots:
+            _decided[table, root] |= decided
+            decided |= _decided[table, root]
         table.check_each_decides(decided, seen)
 
 
@@ -246,6 +256,7 @@ def nnx_per_module(
     Raises:
         TypeError, ValueError: no backend or no such module has such a name, or it computes by Flax's own
             function, which asks no backend.
+        RuntimeError: another thread has a block open on this model, which is changed while it is.
     """
     from flax import nnx
 
@@ -261,21 +272,29 @@ def nnx_per_module(
     named = []
     for path, module in found:
         names, source = table.at(path)
+        if isinstance(module.attention_fn, _InPart) and module.attention_fn.thread != get_ident():
+            raise RuntimeError(
+                "another thread has a block of nnx_per_module open on this model, whose modules it "
+                "changed. Give each thread a model of its own (nnx.clone), or wait for the other."
+            )
         if names and module.attention_fn is nnx.dot_product_attention:
             raise ValueError(
                 f"{'.'.join(path) or 'the model'} computes by nnx.dot_product_attention, which asks no "
                 "backend. Make it with attention_fn=heedful.flax.nnx_attention."
             )
         part = ambient.part_of_the_model(*path)
-        named.append((module, _InPart(module.attention_fn, part, names, source)))
+        before = function = module.attention_fn
+        if names and isinstance(before, _InPart):  # of two blocks the inner one chooses
+            function = before.function
+        named.append((module, before, _InPart(function, part, names, source)))
     try:
-        for module, attention_fn in named:
+        for module, _, attention_fn in named:
             module.attention_fn = attention_fn
         with _kept_apart(_traced_in.value, table):
             yield
     finally:
-        for module, attention_fn in named:
-            module.attention_fn = attention_fn.function
+        for module, before, _ in named:
+            module.attention_fn = before
 
 
 def _kept_apart(outer: Any, table: Choices, *where: Any) -> AbstractContextManager[Any]:
@@ -289,6 +308,7 @@ class _InPart:
     part: str
     names: tuple[str, ...]
     source: str
+    thread: int = field(default_factory=get_ident, compare=False)  # which opened the block
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with ambient.within(self.part, self.names, self.source):
