@@ -111,8 +111,13 @@ class Given:
 def bent(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
     """Scores that level off, less for keys that are far away, differently for each row and head."""
     away = (h + b + 1) * abs(q_idx - kv_idx)
-    away = away.to(score.dtype) if hasattr(away, "to") else away.astype(score.dtype)
-    return score / (1 + score * score / 64) ** 0.5 - 0.02 * away
+    if hasattr(
+        score, "new_full"
+    ):  # of torch; FlexAttention traces this with a dtype that it does not keep
+        slope = score.new_full((), 0.02)
+    else:
+        slope, away = 0.02, away.astype(score.dtype)
+    return score / (1 + score * score / 64) ** 0.5 - slope * away
 
 
 def striped(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
