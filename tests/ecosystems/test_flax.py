@@ -4,7 +4,8 @@ import functools
 import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import flax.linen as nn
@@ -180,10 +181,11 @@ class Block(nn.Module):
 
 class Decoder(nn.Module):
     block: Any = Block
+    layers: int = 2
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for i in range(2):
+        for i in range(self.layers):
             x = self.block(name=f"layers_{i}")(x)
         return x
 
@@ -268,6 +270,19 @@ def test_what_one_model_has_another_may_not_have() -> None:
             model.apply(variables, X)
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_what_a_deeper_model_has_one_of_its_class_may_not_have(kind: str) -> None:
+    block, choices = BLOCKS[kind](), {"layers_1": "jax:plain"}
+    for layers in (2, 2, 1, 2):  # of those that are compiled the second is not traced
+        model = Decoder(block, layers)
+        variables = model.init(jax.random.key(0), X)
+        said = (
+            nullcontext() if layers == 2 else pytest.raises(ValueError, match="is named 'layers_1'")
+        )
+        with said, heedful.flax.linen_per_module(choices):
+            model.apply(variables, X)
+
+
 class Stack(nnx.Module):
     def __init__(self, attend: Any = heedful.flax.nnx_attention) -> None:
         self.layers = nnx.List(
@@ -316,6 +331,62 @@ def test_a_model_that_another_thread_has_open_is_refused_and_left_as_it_was() ->
             model(X)
         assert chosen(record) == [("layers.0", "jax:plain"), ("layers.1", "jax:plain")]
     assert model.layers[0].attention_fn is heedful.flax.nnx_attention
+
+
+def test_of_two_threads_at_once_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, both, part = Stack(), Barrier(2), heedful.flax.ambient.part_of_the_model
+
+    def as_slow_as_the_other(*names: str) -> str:
+        with suppress(BrokenBarrierError):
+            both.wait(timeout=0.5)
+        return part(*names)
+
+    def opened(name: str) -> bool:
+        with ExitStack() as block:
+            try:
+                block.enter_context(heedful.flax.nnx_per_module(model, {"*": name}))
+            except RuntimeError:
+                return False
+            finally:
+                with suppress(BrokenBarrierError):
+                    at_the_end.wait(timeout=60)
+        return True
+
+    at_the_end = Barrier(2)
+    monkeypatch.setattr(heedful.flax.ambient, "part_of_the_model", as_slow_as_the_other)
+    with ThreadPoolExecutor(2) as threads:
+        assert sorted(threads.map(opened, BACKENDS)) == [False, True]
+    assert all(layer.attention_fn is heedful.flax.nnx_attention for layer in model.layers)
+
+
+class Twice(nnx.Module):
+    """One layer under two names, and a way back to the model."""
+
+    def __init__(self) -> None:
+        self.a = Stack()
+        self.b = nnx.data([self.a])
+        self.me = nnx.data({"again": self})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.b[0](self.a(x))
+
+
+@pytest.mark.parametrize("name", ["a", "b", "b.0.layers", "a.layers.1"])
+def test_a_module_of_nnx_with_two_names_has_one_choice(name: str) -> None:
+    with pytest.raises(ValueError, match=r"a\.layers\.\d and b\.0\.layers\.\d are one module"):
+        heedful.flax.nnx_per_module(Twice(), {name: "jax:flash"}).__enter__()
+
+
+@pytest.mark.parametrize("choices", [{"a": "jax:flash", "b": "jax:flash"}, {"*": "jax:flash"}])
+def test_a_module_of_nnx_with_two_names_takes_what_is_chosen_for_both(
+    choices: dict[str, str],
+) -> None:
+    model = Twice()
+    own = model(X)
+    with heedful.flax.nnx_per_module(model, choices), heedful.recording() as record:
+        assert_same(model(X), own)
+    assert chosen(record) == [("a.layers.0", "jax:flash"), ("a.layers.1", "jax:flash")] * 2
+    assert model.a.layers[0].attention_fn is heedful.flax.nnx_attention
 
 
 def test_what_nnx_cannot_honour_is_said_at_once() -> None:

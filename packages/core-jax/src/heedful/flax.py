@@ -13,12 +13,12 @@ of the same rate, by the numbers that `heedful.dropout_mask` documents.
 for `heedful.recording`. Flax itself is imported by these two alone.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from threading import get_ident
-from typing import Any, cast
+from functools import lru_cache
+from threading import Lock, get_ident
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -177,9 +177,18 @@ def _dropout(
 # JAX keeps what it compiled by this value among others: by the choices around it, and by the module.
 _traced_in: Any = jax.make_user_context(default_value=None)
 
-# Patterns that held for a module which was traced, by the model's class: what is compiled is not traced
-# again.
-_decided: defaultdict[tuple[Choices, type], set[str | None]] = defaultdict(set)
+
+@lru_cache(maxsize=4096)  # as many as JAX keeps of what it traced
+def _decided(table: Choices, model: type, variables: Any) -> set[str | None]:
+    """The patterns that held when it was traced: what is compiled is not traced again.
+
+    nn.jit keeps what it compiled by the tree of the variables too, which models of one class differ in.
+    """
+    return set()
+
+
+# Around what changes models of NNX.
+_changing = Lock()
 
 
 @contextmanager
@@ -207,7 +216,7 @@ def linen_per_module(choices: Mapping[str, str | Sequence[str]] = NO_CHOICES) ->
     table = Choices.of(choices)
     decided: set[str | None] = set()
     seen: set[str] = set()
-    roots: set[type] = set()
+    before: list[set[str | None]] = []
     outer, around = _traced_in.value, ambient.part_of_the_model()
 
     def intercepted(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -222,7 +231,7 @@ def linen_per_module(choices: Mapping[str, str | Sequence[str]] = NO_CHOICES) ->
             kept_apart.__enter__()
             return method(*args, **kwargs)
         if not path:
-            roots.add(type(module))
+            before.append(_decided(table, module.__class__, jax.tree.structure(module.variables)))
         decided.add(table.pattern_at(path))
         seen.add(".".join(path))
         name = ".".join(filter(None, (around, *path)))
@@ -232,9 +241,9 @@ def linen_per_module(choices: Mapping[str, str | Sequence[str]] = NO_CHOICES) ->
     with _kept_apart(outer, table), linen.intercept_methods(intercepted):
         yield
     if seen:
-        for root in roots:
-            _decided[table, root] |= decided
-            decided |= _decided[table, root]
+        for traced in before:
+            traced |= decided
+            decided |= traced
         table.check_each_decides(decided, seen)
 
 
@@ -254,47 +263,96 @@ def nnx_per_module(
     none, since the model's functions are part of what it compiles for.
 
     Raises:
-        TypeError, ValueError: no backend or no such module has such a name, or it computes by Flax's own
-            function, which asks no backend.
+        TypeError, ValueError: no backend or no such module has such a name, a module has two names with
+            two choices, or it computes by Flax's own function, which asks no backend.
         RuntimeError: another thread has a block open on this model, which is changed while it is.
     """
     from flax import nnx
 
     table = Choices.of(choices)
-    found = [
-        (tuple(map(str, path)), module)
-        for path, module in nnx.iter_modules(model)
-        if callable(getattr(module, "attention_fn", None))
-    ]
-    table.check_each_decides(
-        {table.pattern_at(path) for path, _ in found}, [".".join(path) for path, _ in found]
-    )
+    places = _places(model, table)
     named = []
-    for path, module in found:
-        names, source = table.at(path)
-        if isinstance(module.attention_fn, _InPart) and module.attention_fn.thread != get_ident():
-            raise RuntimeError(
-                "another thread has a block of nnx_per_module open on this model, whose modules it "
-                "changed. Give each thread a model of its own (nnx.clone), or wait for the other."
-            )
-        if names and module.attention_fn is nnx.dot_product_attention:
-            raise ValueError(
-                f"{'.'.join(path) or 'the model'} computes by nnx.dot_product_attention, which asks no "
-                "backend. Make it with attention_fn=heedful.flax.nnx_attention."
-            )
-        part = ambient.part_of_the_model(*path)
-        before = function = module.attention_fn
-        if names and isinstance(before, _InPart):  # of two blocks the inner one chooses
-            function = before.function
-        named.append((module, before, _InPart(function, part, names, source)))
-    try:
+    with _changing:
+        for module, path, names, source in places:
+            before = function = module.attention_fn
+            if isinstance(before, _InPart) and before.thread != get_ident():
+                raise RuntimeError(
+                    "another thread has a block of nnx_per_module open on this model, whose modules it "
+                    "changed. Give each thread a model of its own (nnx.clone), or wait for the other."
+                )
+            if names and before is nnx.dot_product_attention:
+                raise ValueError(
+                    f"{_said(path)} computes by nnx.dot_product_attention, which asks no backend. Make "
+                    "it with attention_fn=heedful.flax.nnx_attention."
+                )
+            if names and isinstance(before, _InPart):  # of two blocks the inner one chooses
+                function = before.function
+            part = ambient.part_of_the_model(*path)
+            named.append((module, before, _InPart(function, part, names, source)))
         for module, _, attention_fn in named:
             module.attention_fn = attention_fn
+    try:
         with _kept_apart(_traced_in.value, table):
             yield
     finally:
-        for module, before, _ in named:
-            module.attention_fn = before
+        with _changing:
+            for module, before, _ in named:
+                module.attention_fn = before
+
+
+_Path: TypeAlias = tuple[str, ...]
+
+
+class _Place(NamedTuple):
+    """A module, a name of it, the backends that are asked for in it, none perhaps, and who asks."""
+
+    module: Any
+    path: _Path
+    names: tuple[str, ...]
+    source: str
+
+
+def _places(model: Any, table: Choices) -> Iterable[_Place]:
+    found: dict[int, _Place] = {}
+    decided, named = set(), []
+    for path, module in _by_each_name(model):
+        if not callable(getattr(module, "attention_fn", None)):
+            continue
+        decided.add(table.pattern_at(path))
+        named.append(".".join(path))
+        place = _Place(module, path, *table.at(path))
+        first = found.setdefault(id(module), place)
+        if first.names != place.names:
+            raise ValueError(
+                f"{_said(first.path)} and {_said(path)} are one module, of which two choices are made: "
+                f"{first.names or 'none'} and {place.names or 'none'}. Choose one for both."
+            )
+    table.check_each_decides(decided, named)
+    return found.values()
+
+
+def _by_each_name(
+    node: Any, path: _Path = (), around: tuple[Any, ...] = ()
+) -> Iterator[tuple[_Path, Any]]:
+    """The modules in it by all of their names, of which `nnx.iter_modules` says one each."""
+    from flax import nnx
+
+    if any(node is x for x in around):  # NNX lets a model refer to itself
+        return
+    if isinstance(node, nnx.Module):
+        yield path, node
+    children: Iterable[tuple[str, Any]]
+    if isinstance(node, nnx.Pytree):
+        children = vars(node).items()
+    else:
+        level, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+        children = [(jax.tree_util.keystr(key, simple=True), child) for key, child in level if key]
+    for name, child in children:
+        yield from _by_each_name(child, (*path, name), (*around, node))
+
+
+def _said(path: _Path) -> str:
+    return ".".join(path) or "the model"
 
 
 def _kept_apart(outer: Any, table: Choices, *where: Any) -> AbstractContextManager[Any]:
