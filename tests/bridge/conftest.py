@@ -1,5 +1,6 @@
-"""For tests of flash-attn: the package itself, interpreted, in a process of its own."""
+"""JAX's wide dtypes; and for tests of flash-attn the package, interpreted, in a process of its own."""
 
+import jax
 import pytest
 
 from heedful_torch.worker import Worker
@@ -48,6 +49,12 @@ if __name__ == "__main__":
     own = {"signature": signature, "answer": answer, "cached": cached, "padding": padding}
     serve(lambda: load() | own)
 """
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,19 +19,6 @@ from heedful_torch.autograd import jax_in_torch, torch_in_jax
 from heedful_torch.dlpack import CopyWarning
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def softmax_jax(x, w):
     """Two outputs, matrix (n, m) and vector (n,), neither linear in the inputs x (n, k) and w (k, m)."""
     scores = x @ w

@@ -30,13 +30,6 @@ from heedful_torch.dlpack import (
 )
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
 def shares_memory(tensor: torch.Tensor, array: jax.Array) -> bool:
     return tensor.data_ptr() == array.unsafe_buffer_pointer()
 

@@ -17,19 +17,6 @@ from heedful_torch import CopyWarning, as_jax, as_torch, to_jax
 from heedful_torch.pytrees import _Static
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 class Line(NamedTuple):
     slope: object
     offset: object

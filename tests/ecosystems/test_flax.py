@@ -255,15 +255,8 @@ def test_what_no_module_of_linen_is_named_is_said_at_the_end() -> None:
 
 
 def test_what_one_model_has_another_may_not_have() -> None:
-    class Other(nn.Module):
-        @nn.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return nn.MultiHeadDotProductAttention(
-                2, name="attn", attention_fn=heedful.flax.linen_attention
-            )(x)
-
     choices = {"layers_1": "jax:plain"}
-    for model, says in ((Decoder(), None), (Other(), "is named 'layers_1'. There are attn")):
+    for model, says in ((Decoder(), None), (Block(), "is named 'layers_1'. There are attn")):
         variables = model.init(jax.random.key(0), X)
         said = pytest.raises(ValueError, match=re.escape(says)) if says else nullcontext()
         with said, heedful.flax.linen_per_module(choices):

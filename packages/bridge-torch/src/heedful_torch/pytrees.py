@@ -284,7 +284,7 @@ def _results_of_torch(call: _Call, device: str, _x64: bool) -> _Tree:
             "as_jax: expected a function whose results have shapes that follow from the shapes of its "
             f"arguments. Got one whose {error.func} needs their data. {mend}"
         ) from error
-    except Exception as error:
+    except Exception as error:  # whatever the function raises, on tensors that it may not expect
         error.add_note(f"as_jax: {mend}")
         raise
     tree, _ = _split_results("as_jax", call, returned, torch.Tensor)
