@@ -41,6 +41,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.dlpack import from_dlpack
 
+from heedful.call.arrays import dtype_of
 from heedful_torch.transfers import crossed, is_reported
 
 __all__ = [
@@ -332,12 +333,26 @@ def x64_is_enabled() -> bool:
     return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]  # untyped
 
 
+def is_narrowed(dtype: str) -> bool:
+    """Whether JAX would narrow a dtype here and now."""
+    return dtype in WIDE and not x64_is_enabled()
+
+
+# What follows the name of one that would be.
+NARROWED = (
+    "while JAX's x64 mode is off, in which JAX would narrow it. "
+    'Call jax.config.update("jax_enable_x64", True), use `with jax.enable_x64(True):`, '
+    "or cast it yourself."
+)
+
+
 def _refuse_tensor_without_counterpart(tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"to_jax: expected a torch.Tensor. Got {type(tensor).__name__}.")
 
-    def refuse(what: str, mend: str) -> NoReturn:
-        raise TypeError(f"to_jax: expected a tensor that JAX can hold. Got {what}. {mend}")
+    def refuse(what: str, mend: str = "") -> NoReturn:
+        said = f"{what}. {mend}" if mend else what
+        raise TypeError(f"to_jax: expected a tensor that JAX can hold. Got {said}")
 
     kind = type(tensor)
     if (
@@ -363,15 +378,11 @@ def _refuse_tensor_without_counterpart(tensor: torch.Tensor) -> None:
         refuse("a tensor with the conjugate bit set", "Pass tensor.resolve_conj().")
     if tensor.is_neg():
         refuse("a tensor with the negative bit set", "Pass tensor.resolve_neg().")
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_of(tensor)
     if dtype not in EXCHANGED:
         refuse(f"the dtype {tensor.dtype}", "Cast it with tensor.to(dtype).")
-    if dtype in WIDE and not x64_is_enabled():
-        refuse(
-            f"the dtype {tensor.dtype} while JAX's x64 mode is off, in which JAX would narrow it",
-            'Call jax.config.update("jax_enable_x64", True), use `with jax.enable_x64(True):`, '
-            "or cast it yourself.",
-        )
+    if is_narrowed(dtype):
+        refuse(f"the dtype {tensor.dtype} {NARROWED}")
     platform = {"cpu": "cpu", "cuda": "rocm" if torch.version.hip else "cuda"}.get(
         tensor.device.type
     )

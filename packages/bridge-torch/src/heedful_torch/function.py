@@ -146,15 +146,19 @@ def outside_compilation(function: Call) -> Call:
     return cast(Call, functools.update_wrapper(call, function, updated=()))
 
 
+def is_written_down() -> bool:
+    """Whether torch makes a graph of what it is asked for now, of proxies: `make_fx`, AOTAutograd."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def refuse_recording(what: Any) -> None:
     """Raises where torch makes a graph of its own operations: those of `what` would be missing.
 
     The answer to one call would be a constant there. NotImplementedError is what `torch.compile` takes
     as a reason to break its graph.
     """
-    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
     if (
-        proxies is not None
+        is_written_down()
         or torch._C._get_tracing_state() is not None
         or TracingContext.try_get() is not None
     ):

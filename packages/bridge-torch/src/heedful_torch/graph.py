@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from heedful.call.arrays import dtype_of
 from heedful.compiled import KEPT, compiled
-from heedful_torch.dlpack import WIDE, adopt, x64_is_enabled
-from heedful_torch.function import has_no_data
+from heedful_torch.dlpack import NARROWED, adopt, is_narrowed, x64_is_enabled
+from heedful_torch.function import has_no_data, is_written_down
 
 Program = Callable[..., Sequence[jax.Array]]  # hashable: equal ones compile once
 Take = Callable[[Tensor], jax.Array]
@@ -43,20 +44,21 @@ _one_at_a_time = Lock()
 
 def is_recorded(tensors: Sequence[Any]) -> bool:
     """Whether what happens to some tensors is written down, or asked for its shapes alone."""
-    return _is_written_down(tensors) or any(
+    return _are_written_down(tensors) or any(
         isinstance(x, Tensor) and has_no_data(x) for x in tensors
     )
 
 
-def _is_written_down(tensors: Sequence[Any]) -> bool:
-    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    return proxies is not None or any(isinstance(x, FunctionalTensor) for x in tensors)
+def _are_written_down(tensors: Sequence[Any]) -> bool:
+    return is_written_down() or any(isinstance(x, FunctionalTensor) for x in tensors)
 
 
 def in_graph(program: Program, take: Take, *tensors: Tensor) -> tuple[Tensor, ...]:
     """program(*map(take, tensors)) as an operation, fresh tensors; computed when the graph is."""
     known = Held(program, take, x64_is_enabled())
-    if not _is_written_down(tensors):  # asked for shapes alone, by a graph that is still to be made
+    if not _are_written_down(
+        tensors
+    ):  # asked for shapes alone, by a graph that is still to be made
         return tuple(_without_data(known, tensors))
     with _one_at_a_time:
         if known not in _numbers:
@@ -118,10 +120,7 @@ def _run(program: Program, *arrays: jax.Array) -> Sequence[jax.Array]:
 
 
 def _shape(tensor: Tensor) -> jax.ShapeDtypeStruct:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype in WIDE and not x64_is_enabled():
-        raise TypeError(
-            f"jax_in_torch: expected a dtype that JAX has here. Got {dtype} while JAX's x64 mode is "
-            'off. Call jax.config.update("jax_enable_x64", True), or cast it yourself.'
-        )
+    dtype = dtype_of(tensor)
+    if is_narrowed(dtype):
+        raise TypeError(f"jax_in_torch: expected a dtype that JAX has here. Got {dtype} {NARROWED}")
     return jax.ShapeDtypeStruct(tuple(map(int, tensor.shape)), dtype)

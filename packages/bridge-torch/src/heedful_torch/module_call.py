@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import heedful
-from heedful_torch.function import has_no_data, outside_compilation
+from heedful_torch.function import has_no_data, is_written_down, outside_compilation
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, options: Mapping[str, Any]) -> Any:
@@ -26,7 +26,7 @@ def drawn_seed(q: Tensor) -> int:
     Raises:
         NotImplementedError: what is called is written down, in which one draw would be a constant.
     """
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if is_written_down():
         raise NotImplementedError(
             "torch is recording a graph of its operations, in which the seed of dropout would be a "
             "constant: each run would drop the same weights. Record it without dropout, or pass "

@@ -39,9 +39,16 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from heedful.call.arrays import dtype_of
 from heedful.compiled import KEPT
 from heedful_torch.autograd import jax_in_torch, torch_in_jax
-from heedful_torch.dlpack import EXCHANGED, WIDE, platform_of, to_jax, x64_is_enabled
+from heedful_torch.dlpack import (
+    EXCHANGED,
+    is_narrowed,
+    platform_of,
+    to_jax,
+    x64_is_enabled,
+)
 from heedful_torch.function import outside_compilation
 
 __all__ = ["as_jax", "as_torch"]
@@ -188,7 +195,7 @@ def _in_jax(function: Function, result_shapes: Any, vmap_method: str) -> Functio
             results = _results_of_torch(call, _device_of(arrays), x64_is_enabled())
         else:
             results = _promised(call, result_shapes)
-        in_torch = _TorchCall(call, results.without_shapes)
+        in_torch = _AsPromised(call, results.without_shapes)
         return results.filled(
             torch_in_jax(in_torch, results.shapes, vmap_method=vmap_method)(*arrays)
         )
@@ -197,7 +204,7 @@ def _in_jax(function: Function, result_shapes: Any, vmap_method: str) -> Functio
 
 
 @dataclass(frozen=True)
-class _TorchCall:
+class _AsPromised:
     """A call as a function of its arrays, with a tuple of tensors, put together as was promised."""
 
     call: _Call
@@ -311,7 +318,7 @@ def _refuse_without_counterpart(expected: str, tree: _Tree) -> None:
     for leaf in tree.leaves:
         if not isinstance(leaf, _Array):
             continue
-        narrowed = leaf.dtype in WIDE and not x64_is_enabled()
+        narrowed = is_narrowed(leaf.dtype)
         if narrowed or leaf.dtype not in EXCHANGED:
             off = " while JAX's x64 mode is off" if narrowed else ""
             raise TypeError(f"as_jax: expected {expected}. Got {leaf}{off}. Cast it.")
@@ -480,11 +487,7 @@ def _split_results(name: str, call: _Call, tree: Any, arrays: Any) -> tuple[_Tre
 def _place(array: Any) -> _Array:
     # to_jax refuses nested tensors, which have no shape to ask for
     nested = isinstance(array, torch.Tensor) and array.is_nested
-    return _Array(() if nested else tuple(array.shape), _dtype_of(array))
-
-
-def _dtype_of(array: Any) -> str:
-    return str(array.dtype).removeprefix("torch.")
+    return _Array(() if nested else tuple(array.shape), dtype_of(array))
 
 
 def _refuse_unhashable_function(name: str, function: Function) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from heedful.call.arrays import dtype_of
+
 __all__ = ["Transfer", "TransferReport", "crossed", "is_reported", "transfer_report"]
 
 
@@ -118,7 +120,7 @@ def crossed(source: str, target: str, array: Any, *, copied: bool, why: str) -> 
         source,
         target,
         shape,
-        str(array.dtype).removeprefix("torch."),
+        dtype_of(array),
         str(getattr(array, "device", "cpu")),  # NumPy 1's have none
         math.prod(shape) * array.dtype.itemsize,
         copied,
